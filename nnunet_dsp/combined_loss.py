@@ -1,0 +1,115 @@
+"""The loss nnUNetTrainerDSP trains with: nnU-Net's own on the masks, DSP's on everything, pseudo-labels on the rest."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_dsp.batch import AnnotationBatch
+from nnunet_dsp.losses import dsp_losses, marginal_cross_entropy
+from nnunet_dsp.pseudo_labels import allowed_classes, pseudo_label_loss
+from nnunet_dsp.settings import DSPSettings
+
+TERMS = ("mask_loss", "dsp_image", "dsp_box", "dsp_point", "dsp_mask", "pseudo_label", "partial")
+
+
+class BatchKnowledge(NamedTuple):
+    """What a training batch brings beside images and targets; see DSPDataLoader."""
+
+    annotations: AnnotationBatch
+    num_masked: int
+    components: Tensor | None = None
+    num_components: int = 0
+
+
+class CombinedLoss(nn.Module):
+    """``mask_loss + dsp_weight * (four DSP losses) + pseudo_label_weight * pseudo-label loss + partial loss``.
+
+    The signature is that of nnU-Net's losses, so that nnU-Net's own training and validation steps call it. What else
+    a batch says is put into `knowledge` beforehand; without it (in validation) this is nnU-Net's loss and nothing else.
+
+    The mask loss sees the masked items only: a Dice averaged over items would otherwise count each weak one as perfect.
+    The DSP losses and pseudo-labels act on the full resolution; lower deep-supervision outputs learn from the masks.
+
+    Args:
+        mask_loss: nnU-Net's, deep supervision included.
+        settings: weights and variant.
+        ignore_label: the dataset's, or None.
+    """
+
+    def __init__(self, mask_loss: nn.Module, settings: DSPSettings, ignore_label: int | None) -> None:
+        super().__init__()
+        self.mask_loss = mask_loss
+        self.settings = settings
+        self.ignore_label = ignore_label
+        self.knowledge: BatchKnowledge | None = None
+        self.use_pseudo_labels = False
+        self.terms: Tensor | None = None
+
+    def forward(self, output: Tensor | list[Tensor], target: Tensor | list[Tensor]) -> Tensor:
+        """
+        Args:
+            output: logits (B, C, *S), or with deep supervision a list of them, full resolution first.
+            target: (B, 1, *S) class maps, likewise.
+
+        Returns:
+            The weighted sum. `terms` then holds the unweighted ones, detached, in the order of TERMS.
+        """
+        if self.knowledge is None:
+            result: Tensor = self.mask_loss(output, target)
+            return result
+        annotations, num_masked, components, num_components = self.knowledge
+        settings = self.settings
+        logits = output[0] if isinstance(output, (list, tuple)) else output
+        classes = (target[0] if isinstance(target, (list, tuple)) else target)[:, 0]
+        mask_loss = self._loss_on_masks(output, target, num_masked)
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            zero = logits.new_zeros(())
+            allowed = allowed_classes(annotations, classes, logits.shape[1], logits.shape[2:], self.ignore_label)
+            image = box = point = mask = pseudo = partial = zero
+            if settings.dsp_weight > 0:
+                image, box, point, mask = dsp_losses(
+                    logits,
+                    annotations,
+                    target=classes,
+                    components=components,
+                    num_components=num_components,
+                    allowed=allowed,
+                    ignore_label=self.ignore_label,
+                    variant=settings.variant,
+                )
+            if annotations.partial.numel() > 0 and settings.partial_weight > 0:
+                partial = marginal_cross_entropy(logits, allowed, annotations.partial)
+            if self.use_pseudo_labels and settings.pseudo_label_weight > 0 and self.ignore_label is not None:
+                where = classes == self.ignore_label
+                if annotations.outside.numel() > 0:
+                    where = where & ~annotations.outside
+                pseudo = pseudo_label_loss(logits, allowed, where)
+            dsp = (
+                settings.image_weight * image
+                + settings.box_weight * box
+                + settings.point_weight * point
+                + settings.mask_weight * mask
+            )
+            total = (
+                mask_loss.float()
+                + settings.dsp_weight * dsp
+                + settings.pseudo_label_weight * pseudo
+                + settings.partial_weight * partial
+            )
+        self.terms = torch.stack([t.detach().float() for t in (mask_loss, image, box, point, mask, pseudo, partial)])
+        return total
+
+    def _loss_on_masks(
+        self, output: Tensor | list[Tensor], target: Tensor | list[Tensor], num_masked: int
+    ) -> Tensor:
+        first = (output[0] if isinstance(output, (list, tuple)) else output).shape[0] - num_masked
+        # without any masked item the whole batch goes in: the value is constant, and DDP's gathering stays in step
+        if 0 < first and num_masked > 0:
+            output = [o[first:] for o in output] if isinstance(output, (list, tuple)) else output[first:]
+            target = [t[first:] for t in target] if isinstance(target, (list, tuple)) else target[first:]
+        result: Tensor = self.mask_loss(output, target)
+        return result

@@ -1,0 +1,90 @@
+"""DSPSettings: every number a user may want to change, in one place, kept in the plans that travel with the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+PLANS_KEY = "nnunet_dsp"
+
+
+@dataclass(frozen=True)
+class DSPSettings:
+    """Options of nnUNetTrainerDSP. A ``"nnunet_dsp": {...}`` entry in the plans file overrides the trainer's own.
+
+    Attributes:
+        head: "prototype" (the DSP head in place of the last layer) or "standard" (nnU-Net's last layer).
+        num_prototypes: prototypes per class.
+        embedding_channels: width of the embedding; 0 lets the head choose by its input.
+        temperature: divisor of the cosine similarities.
+        variant: "default", or "released" for the losses of the authors' code.
+        dsp_weight: weight of the sum of the four DSP losses.
+        image_weight, box_weight, point_weight, mask_weight: of the four among themselves; 0 switches one off.
+        pseudo_label_weight: weight of the cross entropy against the filtered pseudo-label; 0 switches it off.
+        pseudo_label_warmup: share of the training, in [0, 1], before pseudo-labels are used.
+        partial_weight: weight of the marginal cross entropy where a mask lists only some of the classes.
+        masked_fraction: share of a batch drawn from masked cases, in [0, 1], where there are weak ones too.
+        seed: None for nnU-Net's own unseeded training; else training is repeatable on the same hardware.
+    """
+
+    head: str = "prototype"
+    num_prototypes: int = 5
+    embedding_channels: int = 0
+    temperature: float = 0.05
+    variant: str = "default"
+    dsp_weight: float = 0.1
+    image_weight: float = 1.0
+    box_weight: float = 1.0
+    point_weight: float = 1.0
+    mask_weight: float = 1.0
+    pseudo_label_weight: float = 1.0
+    pseudo_label_warmup: float = 0.1
+    partial_weight: float = 1.0
+    masked_fraction: float = 0.5
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("head", self.head, ("prototype", "standard"))
+        _one_of("variant", self.variant, ("default", "released"))
+        for name in ("pseudo_label_warmup", "masked_fraction"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"Expected setting `{name}` to lie in [0, 1], but got {value}.")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_weight") and not 0 <= value < float("inf"):
+                raise ValueError(f"Expected setting `{field.name}` to be a finite number of at least 0, got {value}.")
+        if self.num_prototypes < 1:
+            raise ValueError(f"Expected setting `num_prototypes` to be at least 1, but got {self.num_prototypes}.")
+        if not self.temperature > 0:
+            raise ValueError(f"Expected setting `temperature` to be above 0, but got {self.temperature}.")
+        if self.embedding_channels < 0:
+            raise ValueError(f"Expected setting `embedding_channels` to be at least 0, got {self.embedding_channels}.")
+
+    @classmethod
+    def from_plans(cls, plans: Mapping[str, Any], default: DSPSettings | None = None) -> DSPSettings:
+        """The settings in a plans dictionary; what it leaves out comes from `default`.
+
+        Raises:
+            ValueError: an unknown name or an impossible value.
+        """
+        given = plans.get(PLANS_KEY, {})
+        if not isinstance(given, Mapping):
+            raise ValueError(f'Expected "{PLANS_KEY}" in the plans to be an object, but got {type(given).__name__}.')
+        known = {field.name: field.type for field in fields(cls)}
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f" Did you mean `{near[0]}`?" if near else f" Known: {', '.join(known)}."
+                raise ValueError(f'Unknown setting `{name}` under "{PLANS_KEY}" in the plans.{hint}')
+        return replace(default or cls(), **given)
+
+    def to_plans(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"Expected setting `{name}` to be one of {', '.join(choices)}, but got {value!r}.")

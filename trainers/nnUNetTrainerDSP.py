@@ -1,0 +1,378 @@
+"""nnUNetTrainerDSP: nnU-Net's trainer, with the DSP head, the DSP losses and the annotation loader in their places."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import distributed as dist
+from torch import nn
+
+from nnunet_dsp.annotations import LabelNames
+from nnunet_dsp.batch import AnnotationBatch
+from nnunet_dsp.combined_loss import TERMS, BatchKnowledge, CombinedLoss
+from nnunet_dsp.data import CaseAnnotations, DSPDataLoader
+from nnunet_dsp.dataset_conversion.prepare import fingerprint_is_contaminated, sync_annotations
+from nnunet_dsp.head import replace_last_layer
+from nnunet_dsp.settings import PLANS_KEY, DSPSettings
+from nnunet_dsp.training_log import DSPLocalLogger
+from nnunet_dsp.training_set import ANNOTATIONS_FOLDER, find_weak_cases, load_case_annotations
+
+SEED_VARIABLE = "nnUNet_dsp_seed"
+
+
+class nnUNetTrainerDSP(nnUNetTrainer):
+    """Trains on masks, partial masks, tags, points, boxes and unlabelled images, in any mixture.
+
+    Source: Reiss et al., Decoupled Semantic Prototypes enable learning from diverse annotation types for
+    semi-weakly segmentation in expert-driven domains, CVPR 2023.
+
+    A variant overrides `default_settings` or `training_epochs`; a plans file may carry `"nnunet_dsp": {...}`; the
+    environment variable nnUNet_dsp_seed makes a training repeatable. See DSPSettings for all options.
+
+    Raises:
+        NotImplementedError: the dataset is trained with regions: a voxel of several classes at once has no single
+            prototype.
+        ValueError: an option in the plans is unknown or impossible.
+    """
+
+    default_settings: ClassVar[DSPSettings] = DSPSettings()
+    training_epochs: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        settings = DSPSettings.from_plans(plans, self.default_settings)
+        if os.environ.get(SEED_VARIABLE):
+            settings = DSPSettings.from_plans({PLANS_KEY: {"seed": _seed_from_environment()}}, settings)
+        # the plans are saved with the model: prediction rebuilds the same network from them
+        plans[PLANS_KEY] = settings.to_plans()
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.settings = settings
+        if self.label_manager.has_regions:
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot train with regions (dataset.json of {self.plans_manager.dataset_name} "
+                "declares labels that are lists of values): its losses need one class per voxel. "
+                "Declare plain labels and combine them into regions after prediction, or use nnUNetTrainer."
+            )
+        if self.training_epochs is not None:
+            self.num_epochs = self.training_epochs
+        self.save_every = max(1, min(self.save_every, self.num_epochs // 5))
+        self.logger.local_logger = DSPLocalLogger(self.logger.local_logger.verbose)
+        self._weak_cases_of: dict[str, list[str]] = {}
+        self._validating_for_next_stage = False
+
+    # --- network and loss
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """nnU-Net's network from the plans, its last layer replaced by the prototype head the settings describe."""
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        settings = DSPSettings.from_plans(plans_manager.plans)
+        if settings.head == "prototype":
+            network = replace_last_layer(
+                network,
+                num_prototypes=settings.num_prototypes,
+                temperature=settings.temperature,
+                embedding_channels=settings.embedding_channels or None,
+            )
+        return network
+
+    def _build_loss(self) -> nn.Module:
+        return CombinedLoss(super()._build_loss(), self.settings, self.label_manager.ignore_label)
+
+    def initialize(self) -> None:
+        if self.settings.seed is not None:
+            torch.manual_seed(self.settings.seed)
+        super().initialize()
+        options = ", ".join(f"{name}={value}" for name, value in self.settings.to_plans().items())
+        self.print_to_log_file(f"{type(self).__name__}: {options}")
+
+    # --- cases
+
+    def _weak_cases(self, cases: list[str]) -> list[str]:
+        """Those of the cases that carry no mask at all; found once, by the class locations nnU-Net stored."""
+        if not self.label_manager.has_ignore_label:
+            return []
+        folder = self.preprocessed_dataset_folder
+        if folder not in self._weak_cases_of:
+            dataset_class = self.dataset_class or infer_dataset_class(folder)
+            everyone = sorted(dataset_class.get_identifiers(folder))
+            key = tuple([-1, *self.label_manager.all_labels])
+            self._weak_cases_of[folder] = find_weak_cases(Path(folder), everyone, key)
+        weak = set(self._weak_cases_of[folder])
+        return [case for case in cases if case in weak]
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split, but weak cases train in every fold and validate in none.
+
+        Without splits_final.json one is made of the masked cases; it lists the weak ones under "train" in every fold,
+        so that other trainers can use the same file.
+        """
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        everyone = sorted(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+        weak = self._weak_cases(everyone)
+        if weak:
+            self._make_split_file(sorted(set(everyone) - set(weak)), weak)
+        training, validation = (list(cases) for cases in super().do_split())
+        if not weak:
+            return training, validation
+        masked_validation = [case for case in validation if case not in set(weak)]
+        training = [*dict.fromkeys([*training, *weak])]
+        if not masked_validation:
+            masked_validation = [case for case in training if case not in set(weak)]
+            if masked_validation:
+                self.print_to_log_file("WARNING: no masked case is left for validation; using the masked training cases.")
+            else:
+                masked_validation = weak[:5]
+                self.print_to_log_file(
+                    "WARNING: no case has a mask. There is nothing to validate on; the Dice below means nothing."
+                )
+        self.print_to_log_file(
+            f"Of these, {len(weak)} cases without mask train and do not validate: "
+            f"{len(training)} training and {len(masked_validation)} validation cases."
+        )
+        if self._validating_for_next_stage:
+            return training, [*dict.fromkeys([*masked_validation, *weak])]
+        return training, masked_validation
+
+    def _make_split_file(self, masked: list[str], weak: list[str]) -> None:
+        file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        if self.fold == "all" or file.is_file() or self.local_rank != 0:
+            return
+        if len(masked) >= 2:
+            splits = generate_crossval_split(masked, seed=12345, n_splits=min(5, len(masked)))
+        else:
+            splits = [{"train": list(masked), "val": list(masked)}]
+        for split in splits:
+            split["train"] = [str(case) for case in [*split["train"], *weak]]
+            split["val"] = [str(case) for case in split["val"]]
+        self.print_to_log_file(
+            f"Creating a new {len(splits)}-fold split of the {len(masked)} masked cases; "
+            f"the {len(weak)} cases without mask train in every fold."
+        )
+        temporary = file.with_suffix(".json.tmp")
+        save_json(splits, str(temporary), sort_keys=False)
+        os.replace(temporary, file)
+
+    # --- annotations and loaders
+
+    def _read_annotations(self, dataset: Any) -> dict[str, CaseAnnotations]:
+        base = Path(self.preprocessed_dataset_folder_base)
+        if self.local_rank == 0 and nnUNet_raw.is_set():
+            raw = Path(nnUNet_raw) / self.plans_manager.dataset_name
+            if (raw / ANNOTATIONS_FOLDER).is_dir():
+                sync_annotations(raw, base)
+        if self.is_ddp:
+            dist.barrier()
+        reader = self.plans_manager.image_reader_writer_class()
+        weak = set(self._weak_cases(list(dataset.identifiers)))
+
+        def read_mask(case: str) -> npt.NDArray[Any] | None:
+            file = base / "gt_segmentations" / (case + self.dataset_json["file_ending"])
+            return None if case in weak or not file.is_file() else reader.read_seg(str(file))[0][0]
+
+        annotations = load_case_annotations(
+            base / ANNOTATIONS_FOLDER,
+            Path(self.preprocessed_dataset_folder),
+            list(dataset.identifiers),
+            self.dataset_class.get_identifiers(self.preprocessed_dataset_folder),
+            lambda case: dataset.load_case(case)[0].shape[1:],
+            LabelNames.from_dataset_json(self.dataset_json),
+            self.plans_manager.transpose_forward,
+            read_mask,
+        )
+        both = sum(case not in weak for case in annotations)
+        self.print_to_log_file(
+            f"Training on {len(dataset.identifiers) - len(weak)} cases with masks ({both} of them with further "
+            f"annotations), {len(annotations) - both} with annotations only and "
+            f"{len(weak) - len(annotations) + both} unlabelled."
+        )
+        if weak and len(weak) < len(dataset.identifiers):
+            share = self.settings.masked_fraction
+            self.print_to_log_file(
+                f"Each batch of {self.batch_size} holds on average {self.batch_size * share:g} patches of masked cases."
+            )
+        if weak and fingerprint_is_contaminated(self.plans_manager.plans, base):
+            self.print_to_log_file(
+                "WARNING: the intensity statistics in these plans count voxels that nobody annotated as foreground "
+                "(nnU-Net #3055), and CT normalisation uses them. Run `nnunet_dsp prepare -d "
+                f"{self.plans_manager.dataset_name}` and nnUNetv2_plan_and_preprocess again."
+            )
+        return annotations
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        scales = self._get_deep_supervision_scales()
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        labels = self.label_manager
+        common = {"is_cascaded": self.is_cascaded, "foreground_labels": labels.foreground_labels}
+        patch_size = self.configuration_manager.patch_size
+        transforms_tr = self.get_training_transforms(
+            patch_size,
+            rotation,
+            scales,
+            mirror_axes,
+            dummy_2d,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+            ignore_label=labels.ignore_label,
+            **common,
+        )
+        transforms_val = self.get_validation_transforms(scales, ignore_label=labels.ignore_label, **common)
+        dataset_tr, dataset_val = self.get_tr_and_val_datasets()
+        settings = self.settings
+        num_workers = get_allowed_n_proc_DA()
+        workers_val = max(1, num_workers // 2)
+        loader_tr = self._loader(
+            dataset_tr,
+            initial_patch_size,
+            transforms_tr,
+            annotations=self._read_annotations(dataset_tr),
+            with_components=settings.dsp_weight > 0 and settings.mask_weight > 0,
+            first_batch=self.current_epoch * self.num_iterations_per_epoch,
+            num_workers=num_workers,
+            stream=2 * self.local_rank,
+        )
+        loader_val = self._loader(
+            dataset_val,
+            patch_size,
+            transforms_val,
+            annotations={},
+            first_batch=self.current_epoch * self.num_val_iterations_per_epoch,
+            num_workers=workers_val,
+            stream=2 * self.local_rank + 1,
+        )
+        batches = self._in_workers(loader_tr, num_workers), self._in_workers(loader_val, workers_val if num_workers else 0)
+        for generator in batches:  # as nnU-Net does: a loader that cannot load fails here
+            next(generator)
+        return batches
+
+    def _loader(self, dataset: Any, patch_size: Any, transforms: Any, **kwargs: Any) -> DSPDataLoader:
+        return DSPDataLoader(
+            dataset,
+            self.batch_size,
+            patch_size,
+            self.configuration_manager.patch_size,
+            self.label_manager,
+            oversample_foreground_percent=self.oversample_foreground_percent,
+            sampling_probabilities=None,
+            pad_sides=None,
+            probabilistic_oversampling=self.probabilistic_oversampling,
+            transforms=transforms,
+            weak_cases=self._weak_cases(list(dataset.identifiers)),
+            masked_fraction=self.settings.masked_fraction,
+            num_classes=self.label_manager.num_segmentation_heads,
+            ignore_label=self.label_manager.ignore_label,
+            seed=self.settings.seed,
+            **kwargs,
+        )
+
+    def _in_workers(self, loader: DSPDataLoader, num_workers: int) -> Any:
+        """nnU-Net's augmenters; with a seed, the one that keeps the order of the batches."""
+        pin_memory = self.device.type == "cuda"
+        if num_workers == 0:
+            return SingleThreadedAugmenter(loader, None)
+        if self.settings.seed is not None:
+            return MultiThreadedAugmenter(
+                loader, None, num_workers, num_cached_per_queue=2, seeds=None, pin_memory=pin_memory, wait_time=0.002
+            )
+        return NonDetMultiThreadedAugmenter(
+            data_loader=loader,
+            transform=None,
+            num_processes=num_workers,
+            num_cached=max(6, num_workers // 2),
+            seeds=None,
+            pin_memory=pin_memory,
+            wait_time=0.002,
+        )
+
+    # --- steps
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.settings.seed is not None:
+            torch.manual_seed(self.settings.seed + self.current_epoch)
+        self._step = 0
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        progress = (self.current_epoch + self._step / self.num_iterations_per_epoch) / self.num_epochs
+        self._step += 1
+        components = batch.get("components")
+        self.loss.use_pseudo_labels = progress >= self.settings.pseudo_label_warmup
+        self.loss.knowledge = BatchKnowledge(
+            AnnotationBatch.from_list(batch["annotations"]).to(self.device),
+            batch["num_masked"],
+            None if components is None else components.to(self.device, non_blocking=True),
+            batch.get("num_components", 0),
+        )
+        try:
+            result: dict[str, Any] = super().train_step(batch)
+        finally:
+            self.loss.knowledge = None
+        terms = self.loss.terms.cpu().numpy()
+        return {**result, **{name: terms[i] for i, name in enumerate(TERMS)}}
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        means = np.asarray([[output[name] for name in TERMS] for output in train_outputs], dtype=np.float64).mean(axis=0)
+        if self.is_ddp:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, means)
+            means = np.mean(gathered, axis=0)
+        for name, value in zip(TERMS, means, strict=True):
+            self.logger.log(name, float(value), self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        values = ", ".join(f"{name} {self.logger.get_value(name, step=-1):.4f}" for name in TERMS)
+        self.print_to_log_file(f"loss terms: {values}")
+        super().on_epoch_end()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's; before a cascade's next stage, weak cases are predicted too, since that stage trains on them."""
+        self._validating_for_next_stage = self.configuration_manager.next_stage_names is not None
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self._validating_for_next_stage = False
+
+
+def _seed_from_environment() -> int:
+    value = os.environ[SEED_VARIABLE]
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"Expected the environment variable {SEED_VARIABLE} to be a whole number, got {value!r}.") from None
+
+
+__all__ = ["nnUNetTrainerDSP"]

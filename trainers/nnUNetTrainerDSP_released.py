@@ -1,0 +1,13 @@
+"""nnUNetTrainerDSP_released: nnUNetTrainerDSP with the losses of the authors' released code."""
+
+from nnunet_dsp.settings import DSPSettings
+from nnunet_dsp.trainers.nnUNetTrainerDSP import nnUNetTrainerDSP
+
+
+class nnUNetTrainerDSP_released(nnUNetTrainerDSP):
+    """nnUNetTrainerDSP with the losses of the authors' released code."""
+
+    default_settings = DSPSettings(variant="released")
+
+
+__all__ = ["nnUNetTrainerDSP_released"]
