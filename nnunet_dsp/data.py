@@ -78,7 +78,7 @@ def map_case(annotations: Annotations, labels: LabelNames, frame: CaseFrame) -> 
         return np.asarray([labels.index(name) for name in names], dtype=np.int64)
 
     def coordinates(rows: Sequence[Sequence[float]], slice_value: float) -> FloatArray:
-        array = np.asarray(rows, dtype=np.float64).reshape(len(rows), -1)
+        array = np.asarray(rows, dtype=np.float64).reshape(len(rows), len(rows[0]) if rows else 3)
         if array.shape[1] == 2:
             array = np.concatenate([np.full((len(array), 1), slice_value), array], axis=1)
         return array.reshape(len(rows), 3)
