@@ -1,0 +1,1 @@
+"""JSON Schemas of the files that nnunet_dsp reads, shipped as package data."""
