@@ -149,7 +149,8 @@ class PatchMap:
         """(dim, *patch) case coordinates of every voxel."""
         if self._source is None:
             if self.is_affine:
-                lines = np.meshgrid(*[np.arange(size, dtype=np.float64) for size in self.shape], indexing="ij", sparse=True)
+                ranges = [np.arange(size, dtype=np.float64) for size in self.shape]
+                lines = np.meshgrid(*ranges, indexing="ij", sparse=True)
                 self._source = np.stack(
                     [
                         np.broadcast_to(sum(self.matrix[d, a] * lines[a] for a in range(self.dim)), self.shape)

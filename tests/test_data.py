@@ -12,7 +12,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from skimage.measure import label
+from skimage.measure import label as connected_components
 
 from nnunet_dsp.annotations import Annotations, Box, LabelNames, Point
 from nnunet_dsp.batch import AnnotationBatch
@@ -107,7 +107,7 @@ def test_batches_hold_the_stated_share_of_masked_cases(dataset, fraction, batch_
 
 
 def test_a_dataset_without_weak_cases_loads_exactly_as_in_nnunet(dataset):
-    everything = dict(weak_cases=[], batch_size=3)
+    everything = {"weak_cases": [], "batch_size": 3}
     dataset.identifiers = ["masked_a", "masked_b"]
     ours = loader(dataset, **everything)
     theirs = nnUNetDataLoader(
@@ -271,7 +271,10 @@ def test_components_are_numbered_through_the_batch_and_of_one_class_each(dataset
     assert sorted(ids.unique().tolist()) == list(range(batch["num_components"] + 1))
     for number in range(1, batch["num_components"] + 1):
         assert len(target[ids == number].unique()) == 1
-    expected = [label(item.numpy(), background=-1, connectivity=1).max() for item in target[4 - batch["num_masked"] :]]
+    expected = [
+        connected_components(item.numpy(), background=-1, connectivity=1).max()
+        for item in target[4 - batch["num_masked"] :]
+    ]
     assert batch["num_components"] == sum(expected)
 
 

@@ -125,7 +125,7 @@ class nnUNetTrainerDSP(nnUNetTrainer):
         if folder not in self._weak_cases_of:
             dataset_class = self.dataset_class or infer_dataset_class(folder)
             everyone = sorted(dataset_class.get_identifiers(folder))
-            key = tuple([-1, *self.label_manager.all_labels])
+            key = (-1, *self.label_manager.all_labels)
             self._weak_cases_of[folder] = find_weak_cases(Path(folder), everyone, key)
         weak = set(self._weak_cases_of[folder])
         return [case for case in cases if case in weak]
@@ -150,7 +150,7 @@ class nnUNetTrainerDSP(nnUNetTrainer):
         if not masked_validation:
             masked_validation = [case for case in training if case not in set(weak)]
             if masked_validation:
-                self.print_to_log_file("WARNING: no masked case is left for validation; using the masked training cases.")
+                self.print_to_log_file("WARNING: no masked case is left to validate on; masked training cases serve.")
             else:
                 masked_validation = weak[:5]
                 self.print_to_log_file(
@@ -273,7 +273,10 @@ class nnUNetTrainerDSP(nnUNetTrainer):
             num_workers=workers_val,
             stream=2 * self.local_rank + 1,
         )
-        batches = self._in_workers(loader_tr, num_workers), self._in_workers(loader_val, workers_val if num_workers else 0)
+        batches = (
+            self._in_workers(loader_tr, num_workers),
+            self._in_workers(loader_val, workers_val if num_workers else 0),
+        )
         for generator in batches:  # as nnU-Net does: a loader that cannot load fails here
             next(generator)
         return batches
@@ -345,7 +348,8 @@ class nnUNetTrainerDSP(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         super().on_train_epoch_end(train_outputs)
-        means = np.asarray([[output[name] for name in TERMS] for output in train_outputs], dtype=np.float64).mean(axis=0)
+        values = [[output[name] for name in TERMS] for output in train_outputs]
+        means = np.asarray(values, dtype=np.float64).mean(axis=0)
         if self.is_ddp:
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, means)
@@ -372,7 +376,8 @@ def _seed_from_environment() -> int:
     try:
         return int(value)
     except ValueError:
-        raise ValueError(f"Expected the environment variable {SEED_VARIABLE} to be a whole number, got {value!r}.") from None
+        message = f"Expected the environment variable {SEED_VARIABLE} to be a whole number, but got {value!r}."
+        raise ValueError(message) from None
 
 
 __all__ = ["nnUNetTrainerDSP"]

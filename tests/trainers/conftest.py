@@ -1,4 +1,4 @@
-"""A preprocessed nnU-Net dataset small enough to train on in a unit test, made by hand; the real commands run in e2e."""
+"""A preprocessed nnU-Net dataset, made by hand, small enough to train on in a unit test; e2e runs the real commands."""
 
 from __future__ import annotations
 

@@ -255,8 +255,9 @@ def test_an_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(tiny
 def test_every_trainer_is_found_by_nnunets_own_lookup_and_is_the_same_class(name, monkeypatch):
     from pathlib import Path
 
-    import nnunet_dsp
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    import nnunet_dsp
 
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(nnunet_dsp.__file__).parent / "nnunet_entry"))
     found = recursive_find_trainer_class_by_name(name)
