@@ -18,7 +18,7 @@ import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor
 
-from nnunet_dsp.annotations import Annotations, LabelNames
+from nnunet_dsp.annotations import AnnotationError, Annotations, LabelNames
 from nnunet_dsp.batch import AnnotationBatch
 from nnunet_dsp.geometry import CaseFrame, FloatArray, IntArray, PatchMap, box_lines, coordinate_channels
 
@@ -151,6 +151,7 @@ def annotate_patch(
     target: npt.NDArray[np.integer[Any]],
     drawn_background: npt.NDArray[np.bool_] | None = None,
     crop_start: Sequence[int] = (0, 0, 0),
+    ignored_value: int = -1,
 ) -> PatchAnnotations:
     """What a case's annotations say about one patch of it.
 
@@ -160,6 +161,7 @@ def annotate_patch(
         target: (*patch) integer class map after augmentation.
         drawn_background: (*crop) bool, before augmentation: voxels the annotator of a partial mask left as background.
         crop_start: first voxel of that crop, in the case, 3 entries.
+        ignored_value: what the target holds where nothing was drawn.
     """
     result = PatchAnnotations(case.tags.copy(), case.complete_boxes, case.listed)
     if patch is None:
@@ -188,7 +190,7 @@ def annotate_patch(
         for axis in range(dim):
             nearest = np.floor(source[axis] + 0.5).astype(np.int64) - int(crop_start[3 - dim + axis])
             index.append(np.clip(nearest, 0, drawn_background.shape[axis] - 1))
-        result.partial = drawn_background[tuple(index)] & ~outside
+        result.partial = drawn_background[tuple(index)] & ~outside & (target == ignored_value)
 
     claimed = np.flatnonzero(case.tags == PRESENT)
     if len(claimed) and not _whole_case_shown(case, patch):
@@ -292,8 +294,8 @@ def mask_components(target: npt.NDArray[np.integer[Any]], ignore_label: int | No
     classes = (target + 1).astype(np.uint16)
     if ignore_label is not None:
         classes[target == ignore_label] = 0
-    connectivity = 4 if classes.ndim == 2 else 6
-    return np.asarray(cc3d.connected_components(classes, connectivity=connectivity), dtype=np.uint32)
+    ids = cc3d.connected_components(classes, connectivity=4 if classes.ndim == 2 else 6)
+    return np.asarray(ids, dtype=np.uint32)
 
 
 class DSPDataLoader(nnUNetDataLoader):
@@ -325,6 +327,9 @@ class DSPDataLoader(nnUNetDataLoader):
         All others: see nnUNetDataLoader.
     """
 
+    transforms: Any
+    has_ignore: bool
+
     def __init__(
         self,
         *args: Any,
@@ -344,12 +349,19 @@ class DSPDataLoader(nnUNetDataLoader):
         weak = frozenset(weak_cases)
         if weak and ignore_label is None:
             raise ValueError("Expected argument `weak_cases` to be empty for a dataset without ignore label.")
+        for case, said in annotations.items():
+            if ignore_label is None and not said.listed.all():
+                raise AnnotationError(
+                    f"{case}: `mask_labels` leaves classes out, so parts of the mask are unknown, but dataset.json "
+                    "declares no ignore label. Run `nnunet_dsp prepare`, which declares one, and preprocess again."
+                )
         self._annotations = annotations
         self._weak = [case for case in self.indices if case in weak]
         self._masked = [case for case in self.indices if case not in weak]
         self._masked_fraction = masked_fraction
         self._num_classes = num_classes
         self._ignore_label = ignore_label
+        self._ignored_value = -1 if ignore_label is None else ignore_label
         self._with_components = with_components
         self._batch_seed = seed
         self._first_batch = first_batch
@@ -428,7 +440,7 @@ class DSPDataLoader(nnUNetDataLoader):
         if case is not None and not weak and not case.listed.all():
             drawn_background = (segmentation[0] == 0).numpy()
             segmentation = segmentation.clone()
-            segmentation[0][segmentation[0] == 0] = self._ignore_label
+            segmentation[0][segmentation[0] == 0] = self._ignored_value
         sample: dict[str, Any] = {"image": image, "segmentation": segmentation}
         if (case is not None and case.needs_map) or (weak and self._sticks_out(start, image.shape[1:], shape)):
             sample["regression_target"] = coordinate_channels(start, image.shape[1:], dim)
@@ -448,7 +460,7 @@ class DSPDataLoader(nnUNetDataLoader):
         segmentations = segmentations if isinstance(segmentations, list) else [segmentations]
         if weak:  # whatever padding became on the way, nobody annotated anything here
             for scale in segmentations:
-                scale.fill_(self._ignore_label)
+                scale.fill_(self._ignored_value)
         target = segmentations[0][0].numpy()
         if case is None:
             known = PatchAnnotations.unknown(self._num_classes)
@@ -456,7 +468,7 @@ class DSPDataLoader(nnUNetDataLoader):
                 outside = patch.outside()
                 known.outside = outside if outside.any() else None
         else:
-            known = annotate_patch(case, patch, target, drawn_background, start)
+            known = annotate_patch(case, patch, target, drawn_background, start, self._ignored_value)
         self._patches.append(known)
         if self._with_components:
             self._components.append(None if weak else mask_components(target, self._ignore_label))

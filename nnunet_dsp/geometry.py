@@ -122,7 +122,8 @@ class PatchMap:
         index = tuple(axis.ravel() for axis in grid)
         trusted = self._weight[index] > _VALID_WEIGHT
         voxels = np.stack(index, axis=1)[trusted].astype(np.float64)
-        source = self._coordinates[(slice(None), *index)].T[trusted].astype(np.float64)
+        every_axis = (slice(None), *index)
+        source = self._coordinates[every_axis].T[trusted].astype(np.float64)
         identity = np.eye(self.dim)
         if len(voxels) <= self.dim:
             return identity, np.zeros(self.dim), False
@@ -190,16 +191,17 @@ class PatchMap:
             return np.zeros((0, self.dim), np.int64), np.zeros(0, np.bool_)
         if self.is_affine:
             exact = np.linalg.solve(self.matrix, (positions - self.translation).T).T
-            voxels = np.floor(exact + 0.5).astype(np.int64)
+            voxels: IntArray = np.floor(exact + 0.5).astype(np.int64)
             # a position exactly on the patch's outer face still belongs to the voxel behind it
             on_face = (voxels == self.shape) & (exact - 0.5 - (self.shape - 1) < 1e-6)
             voxels = np.where(on_face, self.shape - 1, voxels)
-            visible = ((voxels >= 0) & (voxels < self.shape)).all(axis=1)
+            visible = np.asarray(((voxels >= 0) & (voxels < self.shape)).all(axis=1))
         else:
             voxels, visible = self._nearest(positions)
         if not visible.all():
             voxels = np.where(visible[:, None], voxels, 0)
-        return voxels, visible & (self._weight[tuple(voxels.T)] > _VALID_WEIGHT)
+        trusted: BoolArray = self._weight[tuple(voxels.T)] > _VALID_WEIGHT
+        return voxels, visible & trusted
 
     def _nearest(self, positions: FloatArray) -> tuple[IntArray, BoolArray]:
         from scipy.spatial import cKDTree
@@ -227,7 +229,7 @@ class PatchMap:
         corners = np.stack([low, high], axis=1)
         picks = np.array(list(product((0, 1), repeat=self.dim)))
         positions = corners[:, picks, np.arange(self.dim)]  # (N, 2^dim, dim)
-        _, visible = self.locate(positions.reshape(-1, self.dim))
+        visible: BoolArray = self.locate(positions.reshape(-1, self.dim))[1]
         return np.asarray(visible.reshape(len(spans), -1).all(axis=1))
 
     def spans_touch(self, spans: FloatArray) -> BoolArray:

@@ -14,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from skimage.measure import label as connected_components
 
-from nnunet_dsp.annotations import Annotations, Box, LabelNames, Point
+from nnunet_dsp.annotations import AnnotationError, Annotations, Box, LabelNames, Point
 from nnunet_dsp.batch import AnnotationBatch
 from nnunet_dsp.data import ABSENT, PRESENT, UNKNOWN, DSPDataLoader, annotate_patch, map_case, mask_components
 from nnunet_dsp.geometry import CaseFrame, PatchMap, coordinate_channels
@@ -296,3 +296,9 @@ def test_a_transform_that_drops_the_coordinate_map_is_named(dataset):
 def test_weak_cases_need_an_ignore_label(dataset):
     with pytest.raises(ValueError, match="without ignore label"):
         loader(dataset, ignore_label=None)
+
+
+def test_a_partial_mask_needs_an_ignore_label_and_the_message_names_the_case(dataset):
+    case = map_case(Annotations(shape=(40, 48), mask_labels=("cell",)), NAMES, frame((1, 40, 48)))
+    with pytest.raises(AnnotationError, match="masked_a.*nnunet_dsp prepare"):
+        loader(dataset, {"masked_a": case}, weak_cases=[], ignore_label=None)

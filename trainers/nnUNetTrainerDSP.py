@@ -52,6 +52,8 @@ class nnUNetTrainerDSP(nnUNetTrainer):
 
     default_settings: ClassVar[DSPSettings] = DSPSettings()
     training_epochs: ClassVar[int | None] = None
+    dataset_class: Any
+    save_every: int
 
     def __init__(
         self,

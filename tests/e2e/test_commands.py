@@ -1,0 +1,150 @@
+"""nnU-Net's own commands on datasets made by ours, as subprocesses; asserted is what a user would see."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from skimage.io import imread
+
+pytestmark = pytest.mark.e2e
+CPU = ("-device", "cpu")
+
+
+def losses(text: str) -> list[str]:
+    return re.findall(r"train_loss (\S+)", text)
+
+
+@pytest.fixture(scope="module")
+def trained(workspace):
+    return workspace("nnUNetv2_train", 2, "2d", 0, "-tr", "nnUNetTrainerDSP_quick", "-p", "Small", "--npz", *CPU)
+
+
+def test_training_says_what_it_trains_on_and_logs_every_term(workspace, trained):
+    assert "Training on 2 cases with masks" in trained
+    assert "5 with annotations only" in trained
+    for name in ("mask_loss", "dsp_image", "dsp_box", "dsp_point", "dsp_mask", "pseudo_label"):
+        assert re.search(rf"loss terms:.*{name} \d", trained), name
+    assert "Mean Validation Dice" in trained
+    assert "No annotated pixels" not in trained, "no storm of warnings about cases without mask"
+    fold = workspace.model(2, "nnUNetTrainerDSP_quick") / "fold_0"
+    assert (fold / "progress.png").is_file()
+    assert list((fold / "validation").glob("*.npz"))
+
+
+def test_prediction_needs_nothing_but_the_plugin_and_the_model_folder(workspace, trained, tmp_path):
+    source = workspace.dataset("raw", 1)
+    command = ("nnUNetv2_predict", "-i", source / "imagesTs", "-o", tmp_path / "out", "-d", 2, "-c", "2d", "-f", 0)
+    model = ("-tr", "nnUNetTrainerDSP_quick", "-p", "Small", "--save_probabilities", "-npp", 1, "-nps", 1)
+    workspace(*command, *model, *CPU, nnUNet_raw=str(tmp_path / "none"), nnUNet_preprocessed=str(tmp_path / "none"))
+    for truth in (source / "labelsTs").glob("*.png"):
+        predicted = imread(tmp_path / "out" / truth.name)
+        assert predicted.shape == imread(truth).shape
+        probabilities = np.load(tmp_path / "out" / f"{truth.stem}.npz")["probabilities"]
+        np.testing.assert_allclose(probabilities.astype(float).sum(axis=0), 1, atol=1e-2)
+    files = (source / "labelsTs", tmp_path / "out", "-djfile", tmp_path / "out" / "dataset.json")
+    workspace("nnUNetv2_evaluate_folder", *files, "-pfile", tmp_path / "out" / "plans.json", "-np", 1)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["foreground_mean"]["Dice"] >= 0
+
+
+def test_validation_alone_repeats_the_final_validation(workspace, trained):
+    again = workspace("nnUNetv2_train", 2, "2d", 0, "-tr", "nnUNetTrainerDSP_quick", "-p", "Small", "--val", *CPU)
+    dice = re.findall(r"Mean Validation Dice:\s+(\S+)", trained + again)
+    assert len(dice) == 2
+    assert dice[0] == dice[1]
+
+
+def test_a_killed_training_resumes_with_the_losses_of_one_that_was_not(workspace):
+    train = ("nnUNetv2_train", 2, "2d", 1, "-p", "Small", *CPU)
+    whole = workspace(*train, "-tr", "nnUNetTrainerDSP_quick", nnUNet_dsp_seed="5")
+    killed = workspace(*train, "-tr", "nnUNetTrainerDSP_killed", code=-9, nnUNet_dsp_seed="5")
+    resumed = workspace(*train, "-tr", "nnUNetTrainerDSP_killed", "--c", nnUNet_dsp_seed="5", SURVIVE="1")
+    assert len(losses(whole)) == 2
+    assert losses(killed) + losses(resumed) == losses(whole)
+
+
+def test_weights_pretrained_by_nnunet_start_a_training(workspace):
+    train = ("nnUNetv2_train", 2, "2d", 0, "-p", "Small", *CPU)
+    workspace(*train, "-tr", "nnUNetTrainer_quick")
+    checkpoint = workspace.model(2, "nnUNetTrainer_quick") / "fold_0" / "checkpoint_final.pth"
+    said = workspace(*train, "-tr", "nnUNetTrainerDSP_quick", "-pretrained_weights", checkpoint)
+    assert "Loading pretrained weights" in said
+    assert "Mean Validation Dice" in said
+
+
+def test_the_best_configuration_and_its_ensemble_are_found_among_dsp_and_nnunet(workspace, tmp_path):
+    for trainer in ("nnUNetTrainer_quick", "nnUNetTrainerDSP_quick"):
+        for fold in (0, 1):
+            workspace("nnUNetv2_train", 2, "2d", fold, "-tr", trainer, "-p", "Small", "--npz", *CPU)
+    trainers = ("-tr", "nnUNetTrainer_quick", "nnUNetTrainerDSP_quick")
+    said = workspace("nnUNetv2_find_best_configuration", 2, "-c", "2d", "-f", 0, 1, "-p", "Small", *trainers, "-np", 1)
+    assert "nnUNetTrainerDSP_quick" in said
+
+
+def test_an_annotation_that_cannot_be_right_stops_training_and_names_case_and_entry(workspace):
+    folder = workspace.dataset("raw", 2) / "annotationsTr"
+    file = sorted(folder.glob("*.json"))[0]
+    good = file.read_text()
+    said = json.loads(good)
+    said["points"][0]["at"] = [5, 640]
+    try:
+        file.write_text(json.dumps(said))
+        complaint = workspace(
+            "nnUNetv2_train", 2, "2d", 0, "-tr", "nnUNetTrainerDSP_quick", "-p", "Small", *CPU, code=None
+        )
+    finally:
+        file.write_text(good)
+    assert re.search(rf"{file.stem}.*points\[0\]", complaint)
+    assert "Epoch 0" not in complaint
+
+
+def test_resenc_plans_train_and_predict(workspace, tmp_path):
+    workspace("nnUNetv2_plan_experiment", "-d", 2, "-pl", "nnUNetPlannerResEncM")
+    small = ("-o", "SmallResEnc", "--patch", 32, "--features", 4, 6, 8, "--batch-size", 2)
+    workspace("nnunet_dsp", "plans", "-d", 2, "-p", "nnUNetResEncUNetMPlans", *small)
+    train = ("nnUNetv2_train", 2, "2d", 0, "-tr", "nnUNetTrainerDSP_quick", "-p", "SmallResEnc", *CPU)
+    assert "Mean Validation Dice" in workspace(*train)
+
+
+@pytest.fixture(scope="module")
+def volumes(workspace):
+    """Dataset 11: synthetic, 3D; dataset 12: two masks, some scribbles, points and boxes."""
+    workspace("nnunet_dsp", "convert", "synthetic", "-d", 11, "--dim", 3, "--cases", 7, "--test", 1, "--size", 32)
+    weak = ("--scribbles", 2, "--points", "rest", "--boxes", "rest", "--tags", "rest")
+    workspace("nnunet_dsp", "simulate", "-d", 11, "-o", 12, "--name", "Weak3D", "--masks", 2, *weak)
+    workspace("nnunet_dsp", "prepare", "-d", 12)
+    workspace("nnUNetv2_plan_and_preprocess", "-d", 12, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
+    workspace("nnunet_dsp", "plans", "-d", 12, "-o", "Small", "--patch", 32, "--features", 4, 6, 8)
+    return workspace
+
+
+def test_three_dimensions_train_and_predict(volumes, tmp_path):
+    said = volumes("nnUNetv2_train", 12, "3d_fullres", 0, "-tr", "nnUNetTrainerDSP_quick", "-p", "Small", *CPU)
+    assert re.search(r"dsp_box [1-9]", said), "boxes take part"
+    assert re.search(r"dsp_point [1-9]", said)
+    source = volumes.dataset("raw", 11) / "imagesTs"
+    model = ("-d", 12, "-c", "3d_fullres", "-f", 0, "-tr", "nnUNetTrainerDSP_quick", "-p", "Small")
+    volumes("nnUNetv2_predict", "-i", source, "-o", tmp_path, *model, "-npp", 1, "-nps", 1, *CPU)
+    assert list(tmp_path.glob("*.nii.gz"))
+
+
+def test_a_cascade_trains_on_predictions_for_weak_cases_too(volumes):
+    """nnU-Net plans a cascade for large images only, so the plans of this small one are given one by hand."""
+    file = volumes.dataset("preprocessed", 12) / "Small.json"
+    plans = json.loads(file.read_text())
+    full = plans["configurations"]["3d_fullres"]
+    low = {**full, "data_identifier": "SmallLow", "spacing": [s * 1.5 for s in full["spacing"]]}
+    plans["plans_name"] = "Cascade"
+    plans["configurations"]["3d_lowres"] = {**low, "next_stage": "3d_cascade_fullres"}
+    cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    plans["configurations"]["3d_cascade_fullres"] = cascade
+    file.with_name("Cascade.json").write_text(json.dumps(plans))
+    volumes("nnUNetv2_preprocess", "-d", 12, "-plans_name", "Cascade", "-c", "3d_lowres", "-np", 1)
+    # the first stage must have predicted every case before the second trains: all folds, as nnU-Net asks for
+    folds = json.loads((volumes.dataset("preprocessed", 12) / "splits_final.json").read_text())
+    for fold in range(len(folds)):
+        volumes("nnUNetv2_train", 12, "3d_lowres", fold, "-tr", "nnUNetTrainerDSP_quick", "-p", "Cascade", *CPU)
+    said = volumes("nnUNetv2_train", 12, "3d_cascade_fullres", 0, "-tr", "nnUNetTrainerDSP_quick", "-p", "Cascade", *CPU)
+    assert "Mean Validation Dice" in said

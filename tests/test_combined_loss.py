@@ -1,0 +1,130 @@
+"""combined_loss.py: which voxels and items each part of the training loss sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nnunet_dsp.batch import AnnotationBatch
+from nnunet_dsp.combined_loss import TERMS, BatchKnowledge, CombinedLoss
+from nnunet_dsp.settings import DSPSettings
+
+IGNORE = 3
+
+
+class Recorder(nn.Module):
+    """Stands for nnU-Net's loss: remembers what it was given."""
+
+    def forward(self, output, target):
+        self.seen = [o.shape[0] for o in output] if isinstance(output, list) else output.shape[0]
+        first = output[0] if isinstance(output, list) else output
+        return first.square().mean()
+
+
+def batch(size=4, masked=2):
+    torch.manual_seed(0)
+    logits = torch.randn(size, 3, 8, 8, requires_grad=True)
+    target = torch.full((size, 1, 8, 8), IGNORE)
+    target[size - masked :] = 0
+    target[size - masked :, :, 2:5, 2:5] = 1
+    components = torch.zeros(size, 8, 8, dtype=torch.int32)
+    for number in range(masked):
+        components[size - masked + number] = 1 + 2 * number
+        components[size - masked + number, 2:5, 2:5] = 2 + 2 * number
+    return logits, target, components
+
+
+def known(size=4, **changes):
+    return AnnotationBatch.empty(size, 3, 2)._replace(**changes)
+
+
+def test_without_annotations_it_is_nnunets_loss_and_nothing_else():
+    logits, target, _ = batch()
+    loss = CombinedLoss(Recorder(), DSPSettings(), IGNORE)
+    torch.testing.assert_close(loss(logits, target), logits.square().mean())
+    assert loss.mask_loss.seen == 4
+
+
+def test_the_mask_loss_sees_the_masked_items_only_on_every_output():
+    logits, target, components = batch(masked=1)
+    loss = CombinedLoss(Recorder(), DSPSettings(), IGNORE)
+    loss.knowledge = BatchKnowledge(known(), 1, components, 2)
+    loss([logits, logits[..., ::2, ::2]], [target, target[..., ::2, ::2]])
+    assert loss.mask_loss.seen == [1, 1]
+    torch.testing.assert_close(loss.terms[0], logits[3:].square().mean().detach())
+
+
+def test_a_batch_without_masked_item_still_calls_the_mask_loss_so_that_ddp_stays_in_step():
+    logits, target, _ = batch(masked=0)
+    loss = CombinedLoss(Recorder(), DSPSettings(), IGNORE)
+    loss.knowledge = BatchKnowledge(known(), 0)
+    assert torch.isfinite(loss(logits, target))
+    assert loss.mask_loss.seen == 4
+
+
+def test_pseudo_labels_act_on_unmasked_voxels_that_show_the_image_and_nowhere_else():
+    logits, target, _ = batch(masked=2)
+    outside = torch.zeros(4, 8, 8, dtype=torch.bool)
+    outside[0, :4] = True
+    settings = DSPSettings(dsp_weight=0.0)
+    loss = CombinedLoss(nn.Identity(), settings, IGNORE)
+    loss.mask_loss.forward = lambda output, target: output.sum() * 0
+    loss.knowledge = BatchKnowledge(known(outside=outside), 2)
+    loss.use_pseudo_labels = True
+    total = loss(logits, target)
+    (gradient,) = torch.autograd.grad(total, logits)
+    touched = gradient.abs().sum(dim=1) > 0
+    assert not touched[2:].any()
+    assert not touched[0, :4].any()
+    assert touched[0, 4:].all()
+    assert touched[1].all()
+    loss.use_pseudo_labels = False
+    assert loss(logits, target) == 0
+
+
+def test_a_partial_mask_pushes_the_listed_classes_out_of_its_background():
+    logits, target, _ = batch(masked=1)
+    partial = torch.zeros(4, 8, 8, dtype=torch.bool)
+    partial[3] = target[3, 0] == 0
+    target[3][target[3] == 0] = IGNORE
+    listed = torch.ones(4, 3, dtype=torch.bool)
+    listed[3, 2] = False
+    loss = CombinedLoss(nn.Identity(), DSPSettings(dsp_weight=0.0, pseudo_label_weight=0.0), IGNORE)
+    loss.mask_loss.forward = lambda output, target: output.sum() * 0
+    loss.knowledge = BatchKnowledge(known(partial=partial, listed=listed), 1)
+    (gradient,) = torch.autograd.grad(loss(logits, target), logits)
+    inside = gradient[3][:, partial[3]]
+    assert (inside[1] > 0).all(), "class 1 is listed: where it was not drawn, it is not"
+    assert (inside[0] < 0).all()
+    assert (inside[2] < 0).all(), "class 2 was not looked for, so it may be there"
+    assert (gradient[:3] == 0).all()
+
+
+def test_a_weight_of_zero_switches_a_term_off_and_leaves_the_others():
+    logits, target, components = batch()
+    tags = torch.full((4, 3), -1, dtype=torch.int8)
+    tags[0, 2] = 1
+    everything = known(tags=tags, points=torch.tensor([5, 70]), point_class=torch.tensor([2, 1]))
+    totals = {}
+    for name in ("image", "point", "mask"):
+        settings = DSPSettings(**{f"{kind}_weight": float(kind == name) for kind in ("image", "box", "point", "mask")})
+        loss = CombinedLoss(Recorder(), settings, IGNORE)
+        loss.knowledge = BatchKnowledge(everything, 2, components, 4)
+        total = loss(logits, target)
+        terms = dict(zip(TERMS, loss.terms.tolist(), strict=True))
+        totals[name] = float(total) - terms["mask_loss"]
+        assert abs(totals[name] - 0.1 * terms[f"dsp_{name}"]) < 1e-5
+    assert len({round(value, 5) for value in totals.values()}) == 3
+
+
+def test_half_precision_outputs_give_finite_losses_and_gradients():
+    logits, target, components = batch()
+    half = (logits.detach() * 20000).clamp(-60000, 60000).half().requires_grad_()
+    loss = CombinedLoss(Recorder(), DSPSettings(), IGNORE)
+    loss.mask_loss.forward = lambda output, target: output.float().mean() * 0
+    loss.use_pseudo_labels = True
+    loss.knowledge = BatchKnowledge(known(), 2, components, 4)
+    total = loss(half, target)
+    total.backward()
+    assert torch.isfinite(total)
+    assert torch.isfinite(half.grad).all()

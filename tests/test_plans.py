@@ -1,0 +1,79 @@
+"""plans.py: smaller plans that nnU-Net still builds a network from."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunet_dsp.plans import shrink_plans
+
+
+def planned(dim: int, residual: bool = False) -> dict:
+    convolution = f"torch.nn.modules.conv.Conv{dim}d"
+    stages = 6
+    arguments = {
+        "n_stages": stages,
+        "features_per_stage": [32, 64, 128, 256, 320, 320],
+        "conv_op": convolution,
+        "kernel_sizes": [[3] * dim] * stages,
+        "strides": [[1] * dim] + [[2] * dim] * (stages - 1),
+        "n_conv_per_stage_decoder": [1] * (stages - 1),
+        ("n_blocks_per_stage" if residual else "n_conv_per_stage"): [1, 2, 3, 4, 4, 4],
+        "conv_bias": True,
+        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
+        "norm_op_kwargs": {"affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    kind = "ResidualEncoderUNet" if residual else "PlainConvUNet"
+    configuration = {
+        "patch_size": [160, 128, 96][:dim],
+        "batch_size": 9,
+        "architecture": {
+            "network_class_name": f"dynamic_network_architectures.architectures.unet.{kind}",
+            "arch_kwargs": arguments,
+            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        },
+    }
+    return {"plans_name": "nnUNetPlans", "configurations": {"a": configuration, "b": {"inherits_from": "a"}}}
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_smaller_network_is_built_and_takes_its_patch(dim, residual):
+    plans = planned(dim, residual)
+    before = copy.deepcopy(plans)
+    small = shrink_plans(plans, "Small", patch=37, features=(4, 6, 8), batch_size=2)
+    assert plans == before
+    configuration = small["configurations"]["a"]
+    assert small["plans_name"] == "Small"
+    assert configuration["patch_size"] == [36] * dim, "rounded down to what two halvings divide"
+    assert configuration["batch_size"] == 2
+    assert small["configurations"]["b"] == {"inherits_from": "a"}
+    architecture = configuration["architecture"]
+    network = get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        1,
+        3,
+        deep_supervision=False,
+    )
+    with torch.no_grad():
+        assert network(torch.zeros(1, 1, *[36] * dim)).shape == (1, 3, *[36] * dim)
+
+
+def test_a_patch_is_never_larger_than_planned_and_other_things_stay():
+    small = shrink_plans(planned(2), "Small", patch=500)["configurations"]["a"]
+    assert small["patch_size"] == [160, 128]
+    assert small["batch_size"] == 9
+
+
+def test_as_many_patch_sizes_as_axes_are_asked_for():
+    with pytest.raises(ValueError, match="one an axis, but got 3"):
+        shrink_plans(planned(2), "Small", patch=[16, 16, 16])
