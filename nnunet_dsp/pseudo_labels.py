@@ -1,0 +1,225 @@
+"""Which classes each voxel may still have, and the pseudo-labels within that set.
+
+One idea carries all kinds of annotation: the set of classes an annotation leaves at a voxel. Losses over that set
+(cross entropy against the pseudo-label, marginal cross entropy) stand in losses.py or here; nothing here knows nnU-Net.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnunet_dsp.batch import AnnotationBatch
+
+
+def flat_class_index(voxels: Tensor, classes: Tensor, num_classes: int, num_voxels: int) -> Tensor:
+    """Where (voxel, class) stands in a contiguous (B, C, V) tensor taken as one line.
+
+    Args:
+        voxels: int64, flat index ``b * V + v`` as in AnnotationBatch.
+        classes: int64, in [0, C), broadcastable with `voxels`.
+        num_classes: C.
+        num_voxels: V.
+
+    Returns:
+        int64, shape of the two broadcast.
+    """
+    item = torch.div(voxels, num_voxels, rounding_mode="floor")
+    return voxels + (item * (num_classes - 1) + classes) * num_voxels
+
+
+def masked_classes(
+    target: Tensor, batch_size: int, num_classes: int, ignore_label: int | None
+) -> tuple[Tensor, Tensor]:
+    """The class map without its channel axis, flat, and where it says something.
+
+    Args:
+        target: (B, *S) or (B, 1, *S), integer classes (floating whole numbers accepted).
+        batch_size: B.
+        num_classes: C.
+        ignore_label: class that means "nobody drew here"; so does everything outside [0, C).
+
+    Returns:
+        classes (B, V), int64 or the integer type of `target`; known (B, V) bool.
+    """
+    classes = target.reshape(batch_size, -1)
+    if classes.dtype.is_floating_point or classes.dtype == torch.uint8:
+        classes = classes.to(torch.int16)  # room for -1 and for the arithmetic of indices
+    known = (classes >= 0) & (classes < num_classes)
+    if ignore_label is not None and 0 <= ignore_label < num_classes:
+        known &= classes != ignore_label
+    return classes, known
+
+
+def allowed_classes(
+    annotations: AnnotationBatch,
+    target: Tensor | None,
+    num_classes: int,
+    spatial_shape: Sequence[int],
+    ignore_label: int | None = None,
+) -> Tensor:
+    """The classes each voxel may still have, given everything that was annotated.
+
+    Removed are: a class tagged absent, everywhere in its item; a class whose boxes are complete in its item, outside
+    all of them; where a mask with listed labels drew nothing, the listed classes except background. A point leaves its
+    class alone, whatever tags, boxes and partial masks say, and a mask leaves its class alone, whatever anything else
+    says. Where nothing would be left (contradictions are caught when annotations are read; augmentation may still
+    produce some), every class is left, so the set is never empty.
+
+    Args:
+        annotations: of B items with C classes.
+        target: (B, *S) or (B, 1, *S), integer class map, `ignore_label` where nobody drew; None: no mask at all.
+        num_classes: C.
+        spatial_shape: S.
+        ignore_label: see `target`; values outside [0, C) count as unannotated, too.
+
+    Returns:
+        (B, C, *S) bool, at least one True for each voxel.
+    """
+    batch_size = annotations.tags.shape[0]
+    num_voxels = _product(spatial_shape)
+    possible = annotations.tags != 0
+    everywhere = possible & ~annotations.complete_boxes
+    local = annotations.box_voxels.shape[0] > 0 or annotations.partial.numel() > 0
+    if not local:
+        everywhere |= ~everywhere.any(1, keepdim=True)
+    allowed = everywhere[:, :, None].expand(-1, -1, num_voxels).contiguous()
+    line = allowed.view(-1)
+    if annotations.box_voxels.shape[0] > 0:
+        # Boxes of classes that are not complete write what stands there already.
+        box_class = annotations.box_class
+        index = flat_class_index(annotations.box_voxels, box_class[annotations.box_of_voxel], num_classes, num_voxels)
+        line.scatter_(0, index, possible[annotations.box_item, box_class][annotations.box_of_voxel])
+    if annotations.partial.numel() > 0:
+        undrawn = ~annotations.listed
+        undrawn[:, :1] = True
+        allowed &= undrawn[:, :, None] | ~annotations.partial.reshape(batch_size, 1, num_voxels)
+    if local:
+        allowed |= ~allowed.any(1, keepdim=True)
+    if annotations.points.shape[0] > 0:
+        every_class = torch.arange(num_classes, device=allowed.device)
+        index = flat_class_index(annotations.points[:, None], every_class, num_classes, num_voxels)
+        line.index_fill_(0, index.view(-1), False)
+        # Filled afterwards, so that two points of different classes at one voxel leave both.
+        own = flat_class_index(annotations.points, annotations.point_class, num_classes, num_voxels)
+        line.index_fill_(0, own, True)
+    if target is not None:
+        classes, known = masked_classes(target, batch_size, num_classes, ignore_label)
+        # The smallest type that holds the classes: this comparison is the one pass over all of (B, C, V).
+        dtype = torch.int8 if num_classes < 128 else torch.int64
+        code = torch.where(known, classes, -1).to(dtype)
+        every_class = torch.arange(num_classes, device=allowed.device, dtype=dtype)
+        allowed &= ~known[:, None]
+        allowed |= code[:, None] == every_class[:, None]
+    return allowed.view(batch_size, num_classes, *spatial_shape)
+
+
+def _product(sizes: Sequence[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= int(size)
+    return product
+
+
+def _float32_or_64(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def filter_probabilities(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax within the allowed set; 0 outside it.
+
+    Args:
+        logits: (B, C, *S), floating.
+        allowed: (B, C, *S) bool, not empty at any voxel.
+
+    Returns:
+        (B, C, *S), float32 (float64 for float64), detached.
+    """
+    return torch.where(allowed, _float32_or_64(logits.detach()), -torch.inf).softmax(1)
+
+
+def pseudo_label(logits: Tensor, allowed: Tensor) -> Tensor:
+    """The likeliest class within the allowed set.
+
+    Args:
+        logits: (B, C, *S), floating.
+        allowed: (B, C, *S) bool, not empty at any voxel.
+
+    Returns:
+        (B, *S) int64, detached.
+    """
+    # max() rather than argmax(), which is several times as slow across channels on a CPU
+    return torch.where(allowed, logits.detach(), -torch.inf).max(1).indices
+
+
+def pseudo_label_loss(logits: Tensor, allowed: Tensor, where: Tensor) -> Tensor:
+    """Cross entropy against the pseudo-label, mean over the voxels asked for.
+
+    Args:
+        logits: (B, C, *S), floating; computed in float32 (float64 for float64).
+        allowed: (B, C, *S) bool, not empty at any voxel.
+        where: (B, *S) bool.
+
+    Returns:
+        Scalar, at least 0; 0 with zero gradient where `where` is empty.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        log_probability = F.log_softmax(_float32_or_64(logits), 1)
+        label = pseudo_label(log_probability, allowed).masked_fill_(~where, -1)
+        total = F.nll_loss(log_probability, label, ignore_index=-1, reduction="sum")
+        return total / where.sum().clamp_min(1)
+
+
+def released_filter(
+    logits: Tensor, annotations: AnnotationBatch, target: Tensor | None = None, ignore_label: int | None = None
+) -> Tensor:
+    """The filter as the authors' code computes it, contradictions included: NaN where no class is left.
+
+    In this order, on the raw logits: classes outside the image-level label to -inf; where a box covers a voxel, the
+    classes none of whose boxes cover it to -inf; at a point, its class to 1 and all others to -inf. Softmax. Then
+    the mask's one-hot where there is one. For comparison with the authors' numbers; allowed_classes() and
+    filter_probabilities() are what training uses.
+
+    Args:
+        logits: (B, C, *S), floating.
+        annotations: an item has an image-level label if any of its tags is known; its classes are those tagged 1.
+        target: (B, *S) or (B, 1, *S), or None; `ignore_label` and values outside [0, C) are unmasked.
+        ignore_label: see `target`.
+
+    Returns:
+        (B, C, *S), float32 (float64 for float64), detached, NaN where tags and boxes exclude every class.
+
+    Source: the released code of Reiss et al., CVPR 2023. Differs from it where tags and boxes exclude every class at a
+    voxel that has a mask: the released NaN stays, here the mask counts. Of several points at one voxel the last counts.
+    """
+    batch_size, num_classes = logits.shape[:2]
+    scores = _float32_or_64(logits.detach()).reshape(batch_size, num_classes, -1).clone()
+    num_voxels = scores.shape[2]
+    tagged = (annotations.tags >= 0).any(1, keepdim=True)
+    excluded = (tagged & (annotations.tags != 1))[:, :, None].repeat(1, 1, num_voxels)
+
+    covered = torch.zeros_like(excluded)
+    box_class = annotations.box_class[annotations.box_of_voxel]
+    covered.view(-1)[flat_class_index(annotations.box_voxels, box_class, num_classes, num_voxels)] = True
+    excluded |= covered.any(1, keepdim=True) & ~covered
+    scores.masked_fill_(excluded, -torch.inf)
+
+    order = torch.arange(1, annotations.points.shape[0] + 1, device=scores.device)
+    last = torch.zeros(batch_size * num_voxels, dtype=torch.int64, device=scores.device)
+    last.scatter_reduce_(0, annotations.points, order, "amax")
+    counts = last[annotations.points] == order
+    points, point_class = annotations.points[counts], annotations.point_class[counts]
+    every_class = torch.arange(num_classes, device=scores.device)
+    line = scores.view(-1)
+    line[flat_class_index(points[:, None], every_class, num_classes, num_voxels)] = -torch.inf
+    line[flat_class_index(points, point_class, num_classes, num_voxels)] = 1.0
+
+    probability = scores.softmax(1)
+    if target is not None:
+        classes, known = masked_classes(target, batch_size, num_classes, ignore_label)
+        one_hot = (classes[:, None] == every_class[:, None]).to(probability.dtype)
+        probability = torch.where(known[:, None], one_hot, probability)
+    return probability.view_as(logits)
