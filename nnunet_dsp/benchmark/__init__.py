@@ -1,0 +1,47 @@
+"""``nnunet_dsp benchmark NAME``: timing and accuracy, one command each.
+
+A command is a row in COMMANDS and a module with ``add_arguments(parser)`` and ``run(args) -> int``. Its module (and
+with it torch) is imported only when that command is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "parity": (
+        "nnunet_dsp.benchmark.parity",
+        "compare losses, gradients, filter and head with recordings of the authors' released code",
+    ),
+}
+"""Name: (module, one line of help)."""
+
+
+class _LazyParser(argparse.ArgumentParser):
+    """A parser that asks its module for arguments when it is about to parse, not when it is made."""
+
+    def __init__(self, *args: Any, module: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._module = module
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        if self._module is not None:
+            module, self._module = self._module, None
+            importlib.import_module(module).add_arguments(self)
+        return super().parse_known_args(args, namespace)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one subcommand for each row of COMMANDS."""
+    subparsers = parser.add_subparsers(dest="benchmark", metavar="NAME", required=True, parser_class=_LazyParser)
+    for name, (module, summary) in COMMANDS.items():
+        subparsers.add_parser(name, help=summary, description=summary, module=module)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark that was asked for; its exit status."""
+    module, _ = COMMANDS[args.benchmark]
+    return int(importlib.import_module(module).run(args))
