@@ -1,0 +1,201 @@
+"""ssTEM of a Drosophila larva's ventral nerve cord: stack1 of github.com/unidesigner/groundtruth-drosophila-vnc.
+
+Expects stack1/raw/*.tif and stack1/labels/*.png of the same size, one per section. The five membrane codes become one
+class. Training and test are split by section, with sections in between that are used for neither, for neighbours look
+alike.
+
+Source: Gerhard et al., Segmented anisotropic ssTEM dataset of neural tissue, figshare 2013, doi
+    10.6084/m9.figshare.856713.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_dsp.dataset_conversion import raw_dataset
+from nnunet_dsp.dataset_conversion.blocks import block_majority, block_mean
+from nnunet_dsp.dataset_conversion.parallel import default_num_processes, map_cases
+from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, split_by_group
+
+NAME = "vnc"
+HELP = "ssTEM of a Drosophila ventral nerve cord, five classes (2D, PNG)"
+
+LABELS = {"background": 0, "membrane": 1, "glia": 2, "mitochondrion": 3, "synapse": 4}  # background: intracellular
+# membranes by orientation 0, 32, 64, 96, their junctions 128; glia or extracellular 159
+CODES = {0: 1, 32: 1, 64: 1, 96: 1, 128: 1, 159: 2, 191: 3, 223: 4, 255: 0}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", type=Path, help="the repository's folder, or its stack1")
+    parser.add_argument(
+        "-d", dest="dataset_id", metavar="ID", type=int, required=True, help="id of the new dataset, 1 to 999"
+    )
+    parser.add_argument("--name", default="VNC", help="name of the new dataset (default: %(default)s)")
+    parser.add_argument(
+        "--downsample",
+        metavar="N",
+        type=int,
+        default=1,
+        help="shrink N times along y and x first: mean of the image, majority of the labels (default: 1, not at all)",
+    )
+    parser.add_argument(
+        "--crop",
+        metavar="PIXELS",
+        type=int,
+        default=0,
+        help="cut into squares of this many pixels, after shrinking; image-level labels say something from "
+        "256 pixels down (default: 0, whole sections)",
+    )
+    parser.add_argument(
+        "--test-sections",
+        metavar="N",
+        type=int,
+        nargs="*",
+        help="numbers of the sections for imagesTs and labelsTs (default: the last fifth)",
+    )
+    parser.add_argument(
+        "--gap",
+        metavar="SECTIONS",
+        type=int,
+        default=1,
+        help="sections left out between training and test, and training and validation (default: %(default)s)",
+    )
+    parser.add_argument("--num-processes", metavar="N", type=int, default=default_num_processes())
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that nnunet_dsp made before")
+
+
+def find_sections(source: Path) -> dict[int, tuple[Path, Path]]:
+    """Raw image and label file of every section, by number.
+
+    Raises:
+        FileNotFoundError: not in the published form.
+        ValueError: images and labels do not match one to one.
+    """
+    stack = source / "stack1" if (source / "stack1").is_dir() else source
+    if not (stack / "raw").is_dir() or not (stack / "labels").is_dir():
+        raise FileNotFoundError(
+            f"{source}: expected the folders stack1/raw and stack1/labels (or raw and labels) in it."
+        )
+    raw, labels = _by_number(stack / "raw", ".tif"), _by_number(stack / "labels", ".png")
+    if raw.keys() != labels.keys() or not raw:
+        lonely = sorted(raw.keys() ^ labels.keys())
+        raise ValueError(
+            f"{stack}: expected one raw/*.tif and one labels/*.png for every section, but got {len(raw)} and "
+            f"{len(labels)}" + (f"; sections {lonely} have only one of them." if lonely else ".")
+        )
+    return {n: (raw[n], labels[n]) for n in sorted(raw)}
+
+
+def _by_number(folder: Path, ending: str) -> dict[int, Path]:
+    files: dict[int, Path] = {}
+    for file in sorted(folder.glob(f"*{ending}")):
+        digits = re.search(r"(\d+)$", file.stem)
+        if digits is None:
+            raise ValueError(f"{file}: expected a file name that ends in the section's number, such as 07{ending}.")
+        if int(digits[1]) in files:
+            raise ValueError(f"{file} and {files[int(digits[1])].name} are both section {int(digits[1])}.")
+        files[int(digits[1])] = file
+    return files
+
+
+def merge_codes(codes: np.ndarray, source: str) -> np.ndarray:
+    """Published label codes, shape (y, x), to our labels, uint8; ValueError names `source` and the codes not known."""
+    unknown = sorted(set(np.unique(codes).tolist()) - CODES.keys())
+    if unknown:
+        raise ValueError(f"{source}: unknown label code(s) {unknown}. Known are {sorted(CODES)}.")
+    table = np.zeros(256, np.uint8)
+    table[list(CODES)] = list(CODES.values())
+    return table[codes]
+
+
+def choose_sections(numbers: Sequence[int], test: Sequence[int] | None, gap: int) -> tuple[list[int], list[int]]:
+    """Section numbers for training and for test; those nearer than `gap` + 1 to a test section are in neither."""
+    if test is None:
+        test = sorted(numbers)[len(numbers) - round(len(numbers) / 5) :]
+    unknown = sorted(set(test) - set(numbers))
+    if unknown:
+        raise ValueError(f"--test-sections: there is no section {unknown}; there are {min(numbers)} to {max(numbers)}.")
+    train = [n for n in numbers if all(abs(n - t) > gap for t in test)]
+    if not train:
+        raise ValueError(f"No section is left for training with test sections {sorted(test)} and a gap of {gap}.")
+    return train, sorted(test)
+
+
+def _convert_section(job: tuple[int, Path, Path, Path, Path, int, int]) -> tuple[int, list[str], list[int]]:
+    from skimage import io
+
+    number, raw_file, label_file, images, labels, downsample, crop = job
+    image, codes = io.imread(raw_file), io.imread(label_file)
+    if image.ndim != 2 or image.dtype != np.uint8 or image.shape != codes.shape or codes.dtype != np.uint8:
+        raise ValueError(
+            f"{raw_file} and {label_file}: expected two uint8 images of one shape (y, x), but got "
+            f"{image.dtype} {image.shape} and {codes.dtype} {codes.shape}."
+        )
+    mask = block_majority(merge_codes(codes, str(label_file)), downsample, len(LABELS))
+    image = block_mean(image, downsample)
+    size = (crop, crop) if crop else image.shape
+    if min(image.shape) < crop:
+        raise ValueError(f"{raw_file}: a crop of {crop} pixels does not fit into {image.shape} pixels.")
+    cases = []
+    for y in range(image.shape[0] // size[0]):
+        for x in range(image.shape[1] // size[1]):
+            case = f"vnc_s{number:02d}_y{y}_x{x}" if crop else f"vnc_s{number:02d}"
+            where = slice(y * size[0], (y + 1) * size[0]), slice(x * size[1], (x + 1) * size[1])
+            io.imsave(images / f"{case}_0000.png", image[where], check_contrast=False)
+            io.imsave(labels / f"{case}.png", mask[where], check_contrast=False)
+            cases.append(case)
+    return number, cases, [image.shape[0] % size[0], image.shape[1] % size[1]]
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.downsample < 1 or args.crop < 0 or args.gap < 0:
+        raise ValueError(
+            f"Expected --downsample of 1 or more, --crop and --gap of 0 or more, but got {args.downsample}, "
+            f"{args.crop} and {args.gap}."
+        )
+    sections = find_sections(args.source)
+    train, test = choose_sections(list(sections), args.test_sections, args.gap)
+    target = raw_dataset.new_dataset_folder(args.dataset_id, args.name, overwrite=args.overwrite)
+    with raw_dataset.building(target) as folder:
+        jobs = []
+        for part, numbers in (("Tr", train), ("Ts", test)):
+            images, labels = folder / f"images{part}", folder / f"labels{part}"
+            images.mkdir()
+            labels.mkdir()
+            jobs += [(n, *sections[n], images, labels, args.downsample, args.crop) for n in numbers]
+        groups: dict[int, list[str]] = {}
+        lost = [0, 0]  # rows and columns that fill no crop, at most
+        for number, cases, rest in map_cases(
+            _convert_section, jobs, processes=args.num_processes, description="Converting"
+        ):
+            groups[number] = cases
+            lost = [max(pair) for pair in zip(lost, rest, strict=True)]
+        training = {n: groups[n] for n in train}
+        num_training = sum(map(len, training.values()))
+        raw_dataset.write_dataset_json(
+            folder,
+            channel_names=["EM"],
+            labels=LABELS,
+            num_training=num_training,
+            file_ending=".png",
+            licence="CC BY-NC-SA 3.0",
+            reference="https://doi.org/10.6084/m9.figshare.856713",
+            description="ssTEM of Drosophila ventral nerve cord; background: intracellular, glia: or extracellular",
+        )
+        splits = split_by_group(training, gap=args.gap)
+        if splits:
+            raw_dataset.write_json(folder / SPLITS_FILE, splits)
+        unused = sorted(set(sections) - set(train) - set(test))
+        raw_dataset.write_record(
+            folder, "nnunet_dsp convert vnc", vars(args), sections={"train": train, "unused": unused, "test": test}
+        )
+    if any(lost):
+        print(f"The crops do not fill a section: {lost[0]} rows and {lost[1]} columns at its end are left out.")
+    print(
+        f"{target}: {num_training} training cases from sections {train}, "
+        f"{sum(len(groups[n]) for n in test)} test cases from {test}, not used {unused}."
+    )
+    return 0
