@@ -65,22 +65,28 @@ def test_a_killed_training_resumes_with_the_losses_of_one_that_was_not(workspace
     assert losses(killed) + losses(resumed) == losses(whole)
 
 
-def test_weights_pretrained_by_nnunet_start_a_training(workspace):
-    train = ("nnUNetv2_train", 2, "2d", 0, "-p", "Small", *CPU)
-    workspace(*train, "-tr", "nnUNetTrainer_quick")
-    checkpoint = workspace.model(2, "nnUNetTrainer_quick") / "fold_0" / "checkpoint_final.pth"
-    said = workspace(*train, "-tr", "nnUNetTrainerDSP_quick", "-pretrained_weights", checkpoint)
+@pytest.fixture(scope="module")
+def vanilla(workspace):
+    """The same fold by nnU-Net's own trainer; its checkpoint."""
+    workspace("nnUNetv2_train", 2, "2d", 0, "-p", "Small", "-tr", "nnUNetTrainer_quick", "--npz", *CPU)
+    return workspace.model(2, "nnUNetTrainer_quick") / "fold_0" / "checkpoint_final.pth"
+
+
+def test_the_best_configuration_and_its_ensemble_are_found_among_dsp_and_nnunet(workspace, trained, vanilla):
+    trainers = ("-tr", "nnUNetTrainer_quick", "nnUNetTrainerDSP_quick")
+    said = workspace("nnUNetv2_find_best_configuration", 2, "-c", "2d", "-f", 0, "-p", "Small", *trainers, "-np", 1)
+    assert "ensemble___nnUNetTrainer_quick__Small__2d___nnUNetTrainerDSP_quick__Small__2d" in said
+
+
+def test_weights_pretrained_by_nnunet_start_a_training_on_resenc_plans_only_if_they_fit(workspace, vanilla):
+    train = ("nnUNetv2_train", 2, "2d", 0, "-tr", "nnUNetTrainerDSP_quick", "-pretrained_weights", vanilla, *CPU)
+    said = workspace(*train, "-p", "Small")
     assert "Loading pretrained weights" in said
     assert "Mean Validation Dice" in said
-
-
-def test_the_best_configuration_and_its_ensemble_are_found_among_dsp_and_nnunet(workspace, tmp_path):
-    for trainer in ("nnUNetTrainer_quick", "nnUNetTrainerDSP_quick"):
-        for fold in (0, 1):
-            workspace("nnUNetv2_train", 2, "2d", fold, "-tr", trainer, "-p", "Small", "--npz", *CPU)
-    trainers = ("-tr", "nnUNetTrainer_quick", "nnUNetTrainerDSP_quick")
-    said = workspace("nnUNetv2_find_best_configuration", 2, "-c", "2d", "-f", 0, 1, "-p", "Small", *trainers, "-np", 1)
-    assert "nnUNetTrainerDSP_quick" in said
+    workspace("nnUNetv2_plan_experiment", "-d", 2, "-pl", "nnUNetPlannerResEncM")
+    small = ("-o", "SmallResEnc", "--patch", 32, "--features", 4, 6, 8, "--batch-size", 2)
+    workspace("nnunet_dsp", "plans", "-d", 2, "-p", "nnUNetResEncUNetMPlans", *small)
+    assert "missing in the pretrained" in workspace(*train, "-p", "SmallResEnc", code=None)
 
 
 def test_an_annotation_that_cannot_be_right_stops_training_and_names_case_and_entry(workspace):
@@ -98,14 +104,6 @@ def test_an_annotation_that_cannot_be_right_stops_training_and_names_case_and_en
         file.write_text(good)
     assert re.search(rf"{file.stem}.*points\[0\]", complaint)
     assert "Epoch 0" not in complaint
-
-
-def test_resenc_plans_train_and_predict(workspace, tmp_path):
-    workspace("nnUNetv2_plan_experiment", "-d", 2, "-pl", "nnUNetPlannerResEncM")
-    small = ("-o", "SmallResEnc", "--patch", 32, "--features", 4, 6, 8, "--batch-size", 2)
-    workspace("nnunet_dsp", "plans", "-d", 2, "-p", "nnUNetResEncUNetMPlans", *small)
-    train = ("nnUNetv2_train", 2, "2d", 0, "-tr", "nnUNetTrainerDSP_quick", "-p", "SmallResEnc", *CPU)
-    assert "Mean Validation Dice" in workspace(*train)
 
 
 @pytest.fixture(scope="module")
