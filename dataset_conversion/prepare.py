@@ -80,7 +80,8 @@ def prepare(folder: Path, *, dry_run: bool = False, processes: int = 1, shown: i
         return False
     _count_cases(dataset, annotations, masked)
 
-    changed = _new_dataset_json(dataset, bool(missing))
+    partial = any(said.mask_labels is not None for said in annotations.values())
+    changed = _new_dataset_json(dataset, bool(missing) or partial)
     for key, value in changed.items():
         old = dataset.json.get(key)
         print(f"  dataset.json: {key} {would}changed from {json.dumps(old)} to {json.dumps(value)}.")

@@ -72,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw the masked cases blindly (default: such that together they show every class, if possible)",
     )
     which.add_argument(
+        "--masks-only",
+        action="store_true",
+        help="leave all cases without mask out, and the ignore label too: what nnU-Net alone would train on",
+    )
+    which.add_argument(
         "--tags",
         metavar="COUNT",
         type=_count,
@@ -139,9 +144,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--classes", metavar="CLASS", nargs="+", help="the classes annotated weakly (default: all but background)"
     )
-    for kind, default in (("tag", "--classes"), ("point", "--classes"), ("box", "--classes but for net-like ones")):
+    for kind, plural, default in (
+        ("tag", "tags", "--classes"),
+        ("point", "points", "--classes"),
+        ("box", "boxes", "--classes but for net-like ones"),
+    ):
         how.add_argument(
-            f"--{kind}-classes", metavar="CLASS", nargs="+", help=f"the classes with {kind}s (default: {default})"
+            f"--{kind}-classes", metavar="CLASS", nargs="+", help=f"the classes with {plural} (default: {default})"
         )
     how.add_argument(
         "--mask-classes",
@@ -291,6 +300,10 @@ def run(args: argparse.Namespace) -> int:
         names = _class_names(args.mask_classes, (), labels, "--mask-classes")
         mask_classes = tuple(n for n in names if n != "background")
     missing = [c.name for c in source.cases.values() if not c.label.is_file()]
+    if args.masks_only and any(getattr(args, kind) for kind in (*KINDS, "unlabelled")):
+        raise ValueError("--masks-only leaves the cases without mask out, so there is nothing to give tags and the like.")
+    if args.masks_only and not args.masks and not args.masked_cases:
+        raise ValueError("--masks-only: no case would be left. Give --masks or --masked-cases.")
     if missing:
         raise ValueError(
             f"{source.folder}: simulate needs a mask for every case, but {len(missing)} have none: "
@@ -299,6 +312,9 @@ def run(args: argparse.Namespace) -> int:
     target = _target(args, source)
     reader_writer = source.reader_writer()
     kinds_of = _assign(args, source, reader_writer)
+    if args.masks_only:
+        kinds_of = {name: kinds for name, kinds in kinds_of.items() if "mask" in kinds}
+        source = replace(source, cases={name: source.cases[name] for name in kinds_of})
     ignore = max(labels.values()) + 1 if source.ignore_label is None else source.ignore_label
 
     with raw_dataset.building(target) as folder:
@@ -322,7 +338,8 @@ def run(args: argparse.Namespace) -> int:
         annotated = {name: _without_boxes(annotations, net_like) for name, annotations, _ in results}
         _link_source(source, folder)
         dataset_json = {k: v for k, v in source.json.items() if k != "dataset"}
-        dataset_json["labels"] = {**source.json["labels"], "ignore": ignore}
+        if not args.masks_only or mask_classes is not None:
+            dataset_json["labels"] = {**source.json["labels"], "ignore": ignore}
         dataset_json |= {"numTraining": len(jobs), "name": target.name[len("Dataset000_") :]}
         raw_dataset.write_json(folder / "dataset.json", dataset_json)
         _write_annotations(folder / "annotationsTr", annotated, LabelNames.from_dataset_json(dataset_json))

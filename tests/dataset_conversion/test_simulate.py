@@ -229,3 +229,29 @@ def test_masks_that_cannot_give_annotations_are_refused(make_dataset, nnunet, ca
     io.imsave(source / "labelsTr" / "case_05.png", mask, check_contrast=False)
     with pytest.raises(ValueError, match=r"case_05\.png: value\(s\) \[9\] are no label"):
         call(simulate, "-d", 101, "-o", 103, "--boxes")
+
+
+def test_masks_only_leaves_the_same_masked_cases_and_neither_the_others_nor_an_ignore_label(
+    make_dataset, nnunet, call, read, capsys
+):
+    make_dataset(101)
+    assert call(simulate, "-d", 101, "-o", 102, "--masks", 2, "--tags", "--seed", 5) == 0
+    assert call(simulate, "-d", 101, "-o", 103, "--name", "Masks", "--masks", 2, "--seed", 5, "--masks-only") == 0
+    weak, only = nnunet / "Dataset102_FullWeak", nnunet / "Dataset103_Masks"
+    masked = sorted(p.name for p in (weak / "labelsTr").iterdir() if (read(p) != 4).any())
+    assert sorted(p.name for p in (only / "labelsTr").iterdir()) == masked
+    assert len(list((only / "imagesTr").iterdir())) == 2
+    dataset_json = json.loads((only / "dataset.json").read_text())
+    assert "ignore" not in dataset_json["labels"]
+    assert dataset_json["numTraining"] == 2
+    assert not list((only / "annotationsTr").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--masks", 2, "--points"], "nothing to give tags"), ([], "no case would be left")],
+)
+def test_masks_only_without_masks_or_with_weak_labels_is_refused(make_dataset, call, options, message):
+    make_dataset(101)
+    with pytest.raises(ValueError, match=message):
+        call(simulate, "-d", 101, "-o", 102, "--masks-only", *options)
