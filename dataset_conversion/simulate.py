@@ -301,7 +301,7 @@ def run(args: argparse.Namespace) -> int:
         mask_classes = tuple(n for n in names if n != "background")
     missing = [c.name for c in source.cases.values() if not c.label.is_file()]
     if args.masks_only and any(getattr(args, kind) for kind in (*KINDS, "unlabelled")):
-        raise ValueError("--masks-only leaves the cases without mask out, so there is nothing to give tags and the like.")
+        raise ValueError("--masks-only leaves out the cases without mask: there is nothing to give tags or the like.")
     if args.masks_only and not args.masks and not args.masked_cases:
         raise ValueError("--masks-only: no case would be left. Give --masks or --masked-cases.")
     if missing:

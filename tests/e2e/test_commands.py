@@ -144,5 +144,6 @@ def test_a_cascade_trains_on_predictions_for_weak_cases_too(volumes):
     folds = json.loads((volumes.dataset("preprocessed", 12) / "splits_final.json").read_text())
     for fold in range(len(folds)):
         volumes("nnUNetv2_train", 12, "3d_lowres", fold, "-tr", "nnUNetTrainerDSP_quick", "-p", "Cascade", *CPU)
-    said = volumes("nnUNetv2_train", 12, "3d_cascade_fullres", 0, "-tr", "nnUNetTrainerDSP_quick", "-p", "Cascade", *CPU)
+    model = ("-tr", "nnUNetTrainerDSP_quick", "-p", "Cascade")
+    said = volumes("nnUNetv2_train", 12, "3d_cascade_fullres", 0, *model, *CPU)
     assert "Mean Validation Dice" in said
