@@ -28,8 +28,9 @@ def shrink_plans(
     Args:
         plans: nnU-Net's plans; not changed.
         name: the new plans' name.
-        patch: patch size in voxels, one number for all axes or one an axis; each axis is cut to the planned patch and
-            rounded down to what the remaining strides divide. None keeps the planned patch.
+        patch: patch size in voxels, one number for all axes or one an axis (z, y, x, of which 2D configurations take
+            the last two; given y, x only, 3D ones keep theirs). Each axis is cut to the planned patch and rounded
+            down to what the remaining strides divide. None keeps the planned patch.
         features: channels of each stage; at most as many stages as planned are kept.
         batch_size: None keeps the planned one.
 
@@ -62,10 +63,12 @@ def _shrink(
     if batch_size is not None:
         configuration["batch_size"] = batch_size
     planned = configuration["patch_size"]
+    if patch is not None and not isinstance(patch, int) and len(patch) not in (2, 3):
+        raise ValueError(f"Expected one patch size, or two (y x), or three (z y x), but got {len(patch)}.")
     if patch is not None:
-        wanted = [patch] * len(planned) if isinstance(patch, int) else list(patch)
+        wanted = [patch] * len(planned) if isinstance(patch, int) else list(patch)[-len(planned) :]
         if len(wanted) != len(planned):
-            raise ValueError(f"Expected one patch size or {len(planned)}, one an axis, but got {len(wanted)}.")
+            return  # given for 2D; this configuration is 3D and keeps its patch
         strides = [1] * len(planned)
         for stride in arguments["strides"]:
             strides = [a * b for a, b in zip(strides, stride, strict=True)]
@@ -77,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", dest="dataset", required=True, help="dataset id or name, planned by nnU-Net before")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans to start from (default: %(default)s)")
     parser.add_argument("-o", dest="output", default="nnUNetPlansSmall", help="new plans' name (default: %(default)s)")
-    parser.add_argument("--patch", type=int, nargs="+", help="patch size in voxels: one number, or one an axis")
+    parser.add_argument("--patch", type=int, nargs="+", help="patch size in voxels: one number, or y x, or z y x")
     parser.add_argument(
         "--features", type=int, nargs="+", default=[16, 32, 64, 128, 192], help="channels of each stage"
     )

@@ -74,6 +74,17 @@ def test_a_patch_is_never_larger_than_planned_and_other_things_stay():
     assert small["batch_size"] == 9
 
 
-def test_as_many_patch_sizes_as_axes_are_asked_for():
-    with pytest.raises(ValueError, match="one an axis, but got 3"):
-        shrink_plans(planned(2), "Small", patch=[16, 16, 16])
+def test_sizes_an_axis_reach_the_configurations_that_have_these_axes():
+    both = planned(2)
+    both["configurations"]["volume"] = planned(3)["configurations"]["a"]
+    given = shrink_plans(both, "Small", patch=[16, 48, 32], features=(4, 6, 8))["configurations"]
+    assert given["a"]["patch_size"] == [48, 32]
+    assert given["volume"]["patch_size"] == [16, 48, 32]
+    flat = shrink_plans(both, "Small", patch=[48, 32], features=(4, 6, 8))["configurations"]
+    assert flat["a"]["patch_size"] == [48, 32]
+    assert flat["volume"]["patch_size"] == [160, 128, 96]
+
+
+def test_another_number_of_patch_sizes_is_refused():
+    with pytest.raises(ValueError, match="but got 4"):
+        shrink_plans(planned(2), "Small", patch=[16, 16, 16, 16])
