@@ -12,7 +12,7 @@ from nnunet_dsp.losses import dsp_losses, marginal_cross_entropy
 from nnunet_dsp.pseudo_labels import allowed_classes, pseudo_label_loss
 from nnunet_dsp.settings import DSPSettings
 
-TERMS = ("mask_loss", "dsp_image", "dsp_box", "dsp_point", "dsp_mask", "pseudo_label", "partial")
+TERMS = ("mask_loss", "dsp_image", "dsp_box", "dsp_point", "dsp_mask", "pseudo_label", "marginal")
 
 
 class BatchKnowledge(NamedTuple):
@@ -25,13 +25,13 @@ class BatchKnowledge(NamedTuple):
 
 
 class CombinedLoss(nn.Module):
-    """``mask_loss + dsp_weight * (four DSP losses) + pseudo_label_weight * pseudo-label loss + partial loss``.
+    """nnU-Net's loss on the masks, plus the weighted DSP losses, pseudo-label loss and marginal cross entropy.
 
     The signature is that of nnU-Net's losses, so that nnU-Net's own training and validation steps call it. What else
     a batch says is put into `knowledge` beforehand; without it (in validation) this is nnU-Net's loss and nothing else.
 
     The mask loss sees the masked items only: a Dice averaged over items would otherwise count each weak one as perfect.
-    The DSP losses and pseudo-labels act on the full resolution; lower deep-supervision outputs learn from the masks.
+    The other terms act on the full resolution; lower deep-supervision outputs learn from the masks.
 
     Args:
         mask_loss: nnU-Net's, deep supervision included.
@@ -69,7 +69,7 @@ class CombinedLoss(nn.Module):
             logits = logits.float()
             zero = logits.new_zeros(())
             allowed = allowed_classes(annotations, classes, logits.shape[1], logits.shape[2:], self.ignore_label)
-            image = box = point = mask = pseudo = partial = zero
+            image = box = point = mask = pseudo = marginal = zero
             if settings.dsp_weight > 0:
                 image, box, point, mask = dsp_losses(
                     logits,
@@ -81,13 +81,14 @@ class CombinedLoss(nn.Module):
                     ignore_label=self.ignore_label,
                     variant=settings.variant,
                 )
-            if annotations.partial.numel() > 0 and settings.partial_weight > 0:
-                partial = marginal_cross_entropy(logits, allowed, annotations.partial)
-            if self.use_pseudo_labels and settings.pseudo_label_weight > 0 and self.ignore_label is not None:
-                where = classes == self.ignore_label
+            if self.ignore_label is not None:
+                unmasked = classes == self.ignore_label
                 if annotations.outside.numel() > 0:
-                    where = where & ~annotations.outside
-                pseudo = pseudo_label_loss(logits, allowed, where)
+                    unmasked = unmasked & ~annotations.outside
+                if settings.marginal_weight > 0:
+                    marginal = marginal_cross_entropy(logits, allowed, unmasked)
+                if self.use_pseudo_labels and settings.pseudo_label_weight > 0:
+                    pseudo = pseudo_label_loss(logits, allowed, unmasked)
             dsp = (
                 settings.image_weight * image
                 + settings.box_weight * box
@@ -98,9 +99,9 @@ class CombinedLoss(nn.Module):
                 mask_loss.float()
                 + settings.dsp_weight * dsp
                 + settings.pseudo_label_weight * pseudo
-                + settings.partial_weight * partial
+                + settings.marginal_weight * marginal
             )
-        self.terms = torch.stack([t.detach().float() for t in (mask_loss, image, box, point, mask, pseudo, partial)])
+        self.terms = torch.stack([t.detach().float() for t in (mask_loss, image, box, point, mask, pseudo, marginal)])
         return total
 
     def _loss_on_masks(

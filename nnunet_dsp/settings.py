@@ -24,7 +24,8 @@ class DSPSettings:
         image_weight, box_weight, point_weight, mask_weight: of the four among themselves; 0 switches one off.
         pseudo_label_weight: weight of the cross entropy against the filtered pseudo-label; 0 switches it off.
         pseudo_label_warmup: share of the training, in [0, 1], before pseudo-labels are used.
-        partial_weight: weight of the marginal cross entropy where a mask lists only some of the classes.
+        marginal_weight: weight of the marginal cross entropy: where there is no mask, the classes that tags, complete
+            boxes, points and partial masks rule out share no probability. 0 switches it off.
         masked_fraction: share of a batch drawn from masked cases, in [0, 1], where there are weak ones too.
         seed: None for nnU-Net's own unseeded training; else training is repeatable on the same hardware.
     """
@@ -41,7 +42,7 @@ class DSPSettings:
     mask_weight: float = 1.0
     pseudo_label_weight: float = 1.0
     pseudo_label_warmup: float = 0.1
-    partial_weight: float = 1.0
+    marginal_weight: float = 1.0
     masked_fraction: float = 0.5
     seed: int | None = None
 
@@ -64,8 +65,13 @@ class DSPSettings:
             raise ValueError(f"Expected setting `embedding_channels` to be at least 0, got {self.embedding_channels}.")
 
     @classmethod
-    def from_plans(cls, plans: Mapping[str, Any], default: DSPSettings | None = None) -> DSPSettings:
+    def from_plans(
+        cls, plans: Mapping[str, Any], default: DSPSettings | None = None, *, strict: bool = True
+    ) -> DSPSettings:
         """The settings in a plans dictionary; what it leaves out comes from `default`.
+
+        Args:
+            strict: refuse unknown names. Prediction passes over them: a model of another version still is a model.
 
         Raises:
             ValueError: an unknown name or an impossible value.
@@ -74,6 +80,8 @@ class DSPSettings:
         if not isinstance(given, Mapping):
             raise ValueError(f'Expected "{PLANS_KEY}" in the plans to be an object, but got {type(given).__name__}.')
         known = {field.name: field.type for field in fields(cls)}
+        if not strict:
+            given = {name: value for name, value in given.items() if name in known}
         for name in given:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)

@@ -40,3 +40,8 @@ def test_settings_come_back_from_the_plans_they_were_written_to():
 def test_an_impossible_option_is_refused_by_name(given, message):
     with pytest.raises(ValueError, match=message):
         DSPSettings.from_plans({"nnunet_dsp": given})
+
+
+def test_a_model_of_another_version_still_predicts():
+    plans = {"nnunet_dsp": {"temperature": 0.3, "option_of_the_future": 1}}
+    assert DSPSettings.from_plans(plans, strict=False).temperature == 0.3

@@ -97,7 +97,7 @@ class nnUNetTrainerDSP(nnUNetTrainer):
         network = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
-        settings = DSPSettings.from_plans(plans_manager.plans)
+        settings = DSPSettings.from_plans(plans_manager.plans, strict=False)
         if settings.head == "prototype":
             network = replace_last_layer(
                 network,

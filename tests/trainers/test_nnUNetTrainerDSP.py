@@ -38,12 +38,11 @@ def test_an_epoch_trains_every_term_and_logs_each(tiny):
     trainer.on_train_start()
     before = {name: value.clone() for name, value in trainer.network.named_parameters()}
     results = train_one_epoch(trainer)
-    for name in TERMS[:-1]:
+    for name in TERMS:
         values = [float(result[name]) for result in results]
         assert np.isfinite(values).all(), name
         assert any(value != 0 for value in values), f"{name} never had anything to say"
         assert trainer.logger.get_value(name, step=0) == pytest.approx(np.mean(values), rel=1e-4)
-    assert all(float(result["partial"]) == 0 for result in results), "no mask lists its labels"
     head = [name for name in before if ".seg_layers.1.prototypes" in name]
     assert head, "the head is the last layer"
     assert any(not torch.equal(before[name], value) for name, value in trainer.network.named_parameters())
@@ -73,8 +72,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tiny):
     trainer.on_train_epoch_start()
     for _ in range(3):
         result = trainer.train_step(next(trainer.dataloader_train))
-        mask, image, box, point, component, pseudo, partial = (float(result[name]) for name in TERMS)
-        expected = mask + 0.3 * (2 * image + 3 * box + 5 * point + 7 * component) + 11 * pseudo + partial
+        mask, image, box, point, component, pseudo, marginal = (float(result[name]) for name in TERMS)
+        expected = mask + 0.3 * (2 * image + 3 * box + 5 * point + 7 * component) + 11 * pseudo + marginal
         assert float(result["loss"]) == pytest.approx(expected, rel=1e-4)
 
 
@@ -169,7 +168,7 @@ def test_a_dataset_without_annotations_and_ignore_label_trains_as_in_nnunet(tiny
     trainer = tiny.trainer(nnUNetTrainerDSP, fold="all")
     trainer.on_train_start()
     results = train_one_epoch(trainer)
-    for name in ("dsp_image", "dsp_box", "dsp_point", "pseudo_label", "partial"):
+    for name in ("dsp_image", "dsp_box", "dsp_point", "pseudo_label", "marginal"):
         assert all(float(result[name]) == 0 for result in results)
     assert all(np.isfinite(float(result["loss"])) for result in results)
 
