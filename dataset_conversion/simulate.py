@@ -13,7 +13,7 @@ where the union of its boxes covers more than half of the image in more than hal
 
 import argparse
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -312,6 +312,7 @@ def run(args: argparse.Namespace) -> int:
     target = _target(args, source)
     reader_writer = source.reader_writer()
     kinds_of = _assign(args, source, reader_writer)
+    everyone = list(source.cases)
     if args.masks_only:
         kinds_of = {name: kinds for name, kinds in kinds_of.items() if "mask" in kinds}
         source = replace(source, cases={name: source.cases[name] for name in kinds_of})
@@ -343,7 +344,7 @@ def run(args: argparse.Namespace) -> int:
         dataset_json |= {"numTraining": len(jobs), "name": target.name[len("Dataset000_") :]}
         raw_dataset.write_json(folder / "dataset.json", dataset_json)
         _write_annotations(folder / "annotationsTr", annotated, LabelNames.from_dataset_json(dataset_json))
-        splits = _splits(source, kinds_of)
+        splits = _splits(source.folder / SPLITS_FILE, everyone, kinds_of)
         if splits:
             raw_dataset.write_json(folder / SPLITS_FILE, splits)
         summary = _summary(kinds_of, annotated)
@@ -413,11 +414,10 @@ def _write_annotations(folder: Path, annotated: Mapping[str, Annotations], label
             write_annotations(case_file(folder, name), annotations, labels)
 
 
-def _splits(source: RawDataset, kinds_of: Mapping[str, tuple[str, ...]]) -> list[Split]:
-    file = source.folder / SPLITS_FILE
+def _splits(file: Path, everyone: Collection[str], kinds_of: Mapping[str, tuple[str, ...]]) -> list[Split]:
     masked = [n for n, kinds in kinds_of.items() if "mask" in kinds]
     weak = [n for n, kinds in kinds_of.items() if "mask" not in kinds]
-    return split_masked(masked, weak, read_splits(file, source.cases) if file.is_file() else [])
+    return split_masked(masked, weak, read_splits(file, everyone) if file.is_file() else [])
 
 
 def _summary(

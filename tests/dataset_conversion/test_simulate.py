@@ -234,7 +234,10 @@ def test_masks_that_cannot_give_annotations_are_refused(make_dataset, nnunet, ca
 def test_masks_only_leaves_the_same_masked_cases_and_neither_the_others_nor_an_ignore_label(
     make_dataset, nnunet, call, read, capsys
 ):
-    make_dataset(101)
+    source, masks = make_dataset(101)
+    names = sorted(masks)
+    splits = [{"train": names[:4], "val": names[4:]}, {"train": names[2:], "val": names[:2]}]
+    (source / "splits_final.json").write_text(json.dumps(splits))
     assert call(simulate, "-d", 101, "-o", 102, "--masks", 2, "--tags", "--seed", 5) == 0
     assert call(simulate, "-d", 101, "-o", 103, "--name", "Masks", "--masks", 2, "--seed", 5, "--masks-only") == 0
     weak, only = nnunet / "Dataset102_FullWeak", nnunet / "Dataset103_Masks"
@@ -245,6 +248,8 @@ def test_masks_only_leaves_the_same_masked_cases_and_neither_the_others_nor_an_i
     assert "ignore" not in dataset_json["labels"]
     assert dataset_json["numTraining"] == 2
     assert not list((only / "annotationsTr").iterdir())
+    left = {case for split in json.loads((only / "splits_final.json").read_text()) for case in split["train"]}
+    assert left <= {name.split(".")[0] for name in masked}
 
 
 @pytest.mark.parametrize(
