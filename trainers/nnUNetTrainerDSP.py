@@ -12,7 +12,7 @@ import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgenerators.utilities.file_and_folder_operations import save_json
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -81,7 +81,7 @@ class nnUNetTrainerDSP(nnUNetTrainer):
         self.save_every = max(1, min(self.save_every, self.num_epochs // 5))
         self.logger.local_logger = DSPLocalLogger(self.logger.local_logger.verbose)
         self._weak_cases_of: dict[str, list[str]] = {}
-        self._validating_for_next_stage = False
+        self._cases_to_validate: list[str] | None = None
 
     # --- network and loss
 
@@ -138,12 +138,16 @@ class nnUNetTrainerDSP(nnUNetTrainer):
         Without splits_final.json one is made of the masked cases; it lists the weak ones under "train" in every fold,
         so that other trainers can use the same file.
         """
+        if self._cases_to_validate is not None:
+            return [], self._cases_to_validate
         if self.dataset_class is None:
             self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         everyone = sorted(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
         weak = self._weak_cases(everyone)
         if weak:
             self._make_split_file(sorted(set(everyone) - set(weak)), weak)
+            if self.is_ddp:  # the other ranks must not make nnU-Net's split in the meantime
+                dist.barrier()
         training, validation = (list(cases) for cases in super().do_split())
         if not weak:
             return training, validation
@@ -162,8 +166,6 @@ class nnUNetTrainerDSP(nnUNetTrainer):
             f"Of these, {len(weak)} cases without mask train and do not validate: "
             f"{len(training)} training and {len(masked_validation)} validation cases."
         )
-        if self._validating_for_next_stage:
-            return training, [*dict.fromkeys([*masked_validation, *weak])]
         return training, masked_validation
 
     def _make_split_file(self, masked: list[str], weak: list[str]) -> None:
@@ -365,12 +367,37 @@ class nnUNetTrainerDSP(nnUNetTrainer):
         super().on_epoch_end()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's; before a cascade's next stage, weak cases are predicted too, since that stage trains on them."""
-        self._validating_for_next_stage = self.configuration_manager.next_stage_names is not None
+        """nnU-Net's; before a cascade's next stage, cases that no fold validates are predicted too.
+
+        The next stage trains on them, so it needs their predictions. They stay out of the validation's Dice.
+        """
+        if self.configuration_manager.next_stage_names is not None:
+            self._predict_for_next_stage()
+        super().perform_actual_validation(save_probabilities)
+
+    def _predict_for_next_stage(self) -> None:
+        training, validation = self.do_split()
+        validated = set(validation)
+        splits = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        if self.fold != "all" and splits.is_file():
+            weak = set(self._weak_cases(training))
+            validated |= {case for split in load_json(str(splits)) for case in split["val"]} - weak
+        never = [case for case in training if case not in validated]
+        if not never:
+            return
+        self.print_to_log_file(
+            f"Predicting {len(never)} training cases that no fold validates, for the next stage. "
+            "The Dice of this pass says nothing."
+        )
+        self._cases_to_validate = never
         try:
-            super().perform_actual_validation(save_probabilities)
+            super().perform_actual_validation(False)
         finally:
-            self._validating_for_next_stage = False
+            self._cases_to_validate = None
+        if self.local_rank == 0:
+            for case in never:
+                file = Path(self.output_folder) / "validation" / (case + self.dataset_json["file_ending"])
+                file.unlink(missing_ok=True)
 
 
 def _seed_from_environment() -> int:

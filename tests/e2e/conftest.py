@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -86,6 +87,10 @@ def workspace(tmp_path_factory):
     run("nnunet_dsp", "convert", "synthetic", "-d", 1, "--cases", 8, "--test", 2, "--size", 64)
     weak = ("--tags", "rest", "--points", "rest", "--boxes", "rest")
     run("nnunet_dsp", "simulate", "-d", 1, "-o", 2, "--name", "Weak", "--masks", 3, *weak)
+    splits = run.dataset("raw", 2) / "splits_final.json"
+    folds = json.loads(splits.read_text())
+    masked = [case for fold in folds for case in fold["val"]]  # together they show every class, so no Dice is NaN
+    splits.write_text(json.dumps([{**fold, "val": masked} for fold in folds]))
     run("nnunet_dsp", "prepare", "-d", 2)
     run("nnUNetv2_plan_and_preprocess", "-d", 2, "-c", "2d", "-npfp", 1, "-np", 1, "--verify_dataset_integrity")
     small = ("--patch", 32, "--features", 4, 6, 8, "--batch-size", 2)

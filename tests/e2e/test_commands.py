@@ -145,5 +145,10 @@ def test_a_cascade_trains_on_predictions_for_weak_cases_too(volumes):
     for fold in range(len(folds)):
         volumes("nnUNetv2_train", 12, "3d_lowres", fold, "-tr", "nnUNetTrainerDSP_quick", "-p", "Cascade", *CPU)
     model = ("-tr", "nnUNetTrainerDSP_quick", "-p", "Cascade")
+    low = volumes.model(12, "nnUNetTrainerDSP_quick", "Cascade", "3d_lowres")
+    predicted = {path.stem for path in (low / "predicted_next_stage" / "3d_cascade_fullres").glob("*.b2nd")}
+    assert predicted == {f"cells_{number:03d}" for number in range(7)}
+    summary = json.loads((low / "fold_0" / "validation" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == len(folds[0]["val"]), "the others stay out of the validation"
     said = volumes("nnUNetv2_train", 12, "3d_cascade_fullres", 0, *model, *CPU)
     assert "Mean Validation Dice" in said
