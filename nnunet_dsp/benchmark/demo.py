@@ -83,6 +83,7 @@ class Steps:
             nnUNet_dsp_seed=str(seed),
             PYTHONUNBUFFERED="1",
             PYTHONWARNINGS="ignore",
+            OMP_WAIT_POLICY="PASSIVE",  # threads that spin while they wait slow a busy machine of two cores down
             PATH=here + os.pathsep + os.environ.get("PATH", ""),
         )
 
