@@ -7,9 +7,9 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 
 class DemoSchedule:
-    """Mixin: 8 epochs of 75 iterations instead of 1000 of 250, and AdamW; all else as the trainer beside it has it.
+    """Mixin: 12 epochs of 75 iterations instead of 1000 of 250, and AdamW; all else as the trainer beside it has it.
 
-    nnU-Net's optimiser, SGD with a momentum of 0.99, is made for long trainings and has hardly begun after 600 steps.
+    nnU-Net's optimiser, SGD with a momentum of 0.99, is made for long trainings and has hardly begun after 900 steps.
     """
 
     num_epochs: int
@@ -20,7 +20,7 @@ class DemoSchedule:
     network: Any
 
     def initialize(self) -> None:
-        self.num_epochs = 8
+        self.num_epochs = 12
         self.num_iterations_per_epoch = 75
         self.num_val_iterations_per_epoch = 4
         self.initial_lr = 2e-3

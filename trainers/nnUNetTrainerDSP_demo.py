@@ -5,7 +5,7 @@ from nnunet_dsp.trainers.nnUNetTrainerDSP import nnUNetTrainerDSP
 
 
 class nnUNetTrainerDSP_demo(DemoSchedule, nnUNetTrainerDSP):
-    """nnUNetTrainerDSP for 600 iterations."""
+    """nnUNetTrainerDSP for 900 iterations."""
 
 
 __all__ = ["nnUNetTrainerDSP_demo"]

@@ -6,7 +6,7 @@ from nnunet_dsp.trainers.demo_schedule import DemoSchedule
 
 
 class nnUNetTrainer_demo(DemoSchedule, nnUNetTrainer):
-    """nnUNetTrainer for 600 iterations."""
+    """nnUNetTrainer for 900 iterations."""
 
 
 __all__ = ["nnUNetTrainer_demo"]
