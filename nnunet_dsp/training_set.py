@@ -22,8 +22,8 @@ from nnunet_dsp.annotations import (
     find_contradictions,
     read_folder,
 )
-from nnunet_dsp.data import CaseAnnotations, map_case
 from nnunet_dsp.geometry import CaseFrame
+from nnunet_dsp.patch_annotations import CaseAnnotations, map_case
 
 ANNOTATIONS_FOLDER = "annotationsTr"
 _SHOWN_PROBLEMS = 10

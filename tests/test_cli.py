@@ -99,7 +99,7 @@ def test_help_names_every_command(capsys):
     for command in cli.COMMANDS:
         assert f"    {command.name} " in shown
     assert {c.name for c in cli.COMMANDS} == {
-        "env", "register", "unregister", "doctor", "prepare", "simulate", "convert", "benchmark",
+        "env", "register", "unregister", "doctor", "plans", "prepare", "simulate", "convert", "benchmark",
     }  # fmt: skip
 
 

@@ -107,12 +107,13 @@ def test_a_weight_of_zero_switches_a_term_off_and_leaves_the_others():
     everything = known(tags=tags, points=torch.tensor([5, 70]), point_class=torch.tensor([2, 1]))
     totals = {}
     for name in ("image", "point", "mask"):
-        settings = DSPSettings(**{f"{kind}_weight": float(kind == name) for kind in ("image", "box", "point", "mask")})
+        weights = {f"{kind}_weight": float(kind == name) for kind in ("image", "box", "point", "mask")}
+        settings = DSPSettings(marginal_weight=0.0, **weights)
         loss = CombinedLoss(Recorder(), settings, IGNORE)
         loss.knowledge = BatchKnowledge(everything, 2, components, 4)
         total = loss(logits, target)
         terms = dict(zip(TERMS, loss.terms.tolist(), strict=True))
-        totals[name] = float(total) - terms["mask_loss"]
+        totals[name] = total.item() - terms["mask_loss"]
         assert abs(totals[name] - 0.1 * terms[f"dsp_{name}"]) < 1e-5
     assert len({round(value, 5) for value in totals.values()}) == 3
 

@@ -16,8 +16,9 @@ from skimage.measure import label as connected_components
 
 from nnunet_dsp.annotations import AnnotationError, Annotations, Box, LabelNames, Point
 from nnunet_dsp.batch import AnnotationBatch
-from nnunet_dsp.data import ABSENT, PRESENT, UNKNOWN, DSPDataLoader, annotate_patch, map_case, mask_components
+from nnunet_dsp.data import DSPDataLoader, mask_components
 from nnunet_dsp.geometry import CaseFrame, PatchMap, coordinate_channels
+from nnunet_dsp.patch_annotations import ABSENT, PRESENT, UNKNOWN, annotate_patch, map_case
 from nnunet_dsp.pseudo_labels import allowed_classes
 
 LABELS = {"background": 0, "cell": 1, "nucleus": 2, "ignore": 3}

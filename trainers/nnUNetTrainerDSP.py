@@ -25,9 +25,10 @@ from torch import nn
 from nnunet_dsp.annotations import LabelNames
 from nnunet_dsp.batch import AnnotationBatch
 from nnunet_dsp.combined_loss import TERMS, BatchKnowledge, CombinedLoss
-from nnunet_dsp.data import CaseAnnotations, DSPDataLoader
+from nnunet_dsp.data import DSPDataLoader
 from nnunet_dsp.dataset_conversion.prepare import fingerprint_is_contaminated, sync_annotations
 from nnunet_dsp.head import replace_last_layer
+from nnunet_dsp.patch_annotations import CaseAnnotations
 from nnunet_dsp.settings import PLANS_KEY, DSPSettings
 from nnunet_dsp.training_log import DSPLocalLogger
 from nnunet_dsp.training_set import ANNOTATIONS_FOLDER, find_weak_cases, load_case_annotations
