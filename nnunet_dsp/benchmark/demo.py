@@ -30,7 +30,7 @@ ARMS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)")
     parser.add_argument("--masks", type=int, default=3, help="images that keep their mask (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the data and of our trainer; nnU-Net's own has none (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of our trainer (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
