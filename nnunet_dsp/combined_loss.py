@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_dsp.batch import AnnotationBatch
-from nnunet_dsp.losses import dsp_losses, marginal_cross_entropy
-from nnunet_dsp.pseudo_labels import allowed_classes, pseudo_label_loss
+from nnunet_dsp.losses import dsp_losses
+from nnunet_dsp.pseudo_labels import allowed_classes
+from nnunet_dsp.set_losses import set_losses
 from nnunet_dsp.settings import DSPSettings
 
 TERMS = ("mask_loss", "dsp_image", "dsp_box", "dsp_point", "dsp_mask", "pseudo_label", "marginal")
@@ -85,10 +86,11 @@ class CombinedLoss(nn.Module):
                 unmasked = classes == self.ignore_label
                 if annotations.outside.numel() > 0:
                     unmasked = unmasked & ~annotations.outside
-                if settings.marginal_weight > 0:
-                    marginal = marginal_cross_entropy(logits, allowed, unmasked)
-                if self.use_pseudo_labels and settings.pseudo_label_weight > 0:
-                    pseudo = pseudo_label_loss(logits, allowed, unmasked)
+                use_pseudo_labels = self.use_pseudo_labels and settings.pseudo_label_weight > 0
+                if settings.marginal_weight > 0 or use_pseudo_labels:
+                    of_sets = set_losses(logits, allowed, unmasked)
+                    marginal = of_sets.marginal if settings.marginal_weight > 0 else zero
+                    pseudo = of_sets.pseudo_label if use_pseudo_labels else zero
             dsp = (
                 settings.image_weight * image
                 + settings.box_weight * box

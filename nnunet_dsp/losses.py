@@ -1,7 +1,7 @@
-"""The four DSP losses (image-level labels, boxes, points, masks), one pure function, and the marginal cross entropy.
+"""The four DSP losses (image-level labels, boxes, points, masks), one pure function.
 
-Pure torch: no nnU-Net, no files. The authors' code with its oddities is in released.py; the filter and the
-pseudo-label loss are in pseudo_labels.py.
+Pure torch: no nnU-Net, no files. The authors' code with its oddities is in released.py; the filter is in
+pseudo_labels.py, the losses over what it allows are in set_losses.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_dsp.batch import AnnotationBatch
-from nnunet_dsp.pseudo_labels import allowed_classes, flat_class_index, masked_classes
+from nnunet_dsp.blocks import row_blocks
+from nnunet_dsp.pseudo_labels import allowed_classes, class_index_of_boxes, flat_class_index, masked_classes
 from nnunet_dsp.released import released_losses
 
 VARIANTS = ("default", "released")
@@ -124,21 +125,6 @@ def _check_arguments(
         raise ValueError(f"Expected argument `allowed` to be of shape {shape}, but got {tuple(allowed.shape)}.")
 
 
-_BLOCK = 2**20
-"""Entries of a block on a CPU (4 MiB): its temporaries stay small and in memory that is mapped already."""
-
-
-def _row_blocks(tensor: Tensor) -> list[slice]:
-    """Cut the rows of (B, C, R, W) into blocks; by shape alone, so nothing here grows with the annotations.
-
-    On a CPU, what is made anew of a whole batch's logits costs as much to map as to compute. Elsewhere launching
-    kernels costs more: one block.
-    """
-    items, channels, rows, width = tensor.shape
-    step = max(1, _BLOCK // max(1, items * channels * width)) if tensor.device.type == "cpu" else max(1, rows)
-    return [slice(start, start + step) for start in range(0, rows, step)]
-
-
 class _Reductions(torch.autograd.Function):
     """Everything the losses need of the logits, in one go: a softmax, two sums, and a few gathered values.
 
@@ -174,7 +160,7 @@ class _Reductions(torch.autograd.Function):
         zero = logits.new_zeros(())
         mass = logits.new_zeros(logits.shape[:2])
         negatives = torch.zeros_like(mass)
-        for rows in _row_blocks(logits):
+        for rows in row_blocks(logits):
             inside = probability[:, :, rows]
             length: Tensor | int = logits.shape[3]
             if valid is not None:
@@ -190,19 +176,31 @@ class _Reductions(torch.autograd.Function):
             component_probability = logits.new_zeros(0)
         else:
             component_probability = probability.gather(1, component_class)
-        ctx.save_for_backward(probability, allowed, valid, line_index, point_index, component_class)
+        ctx.save_for_backward(
+            probability, allowed, valid, line_maximum, line_index, point_index, component_class
+        )
         ctx.set_materialize_grads(False)
         return negatives, mass, line_maximum, point_logits, component_probability
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        probability, allowed, valid, line_index, point_index, component_class = ctx.saved_tensors
+        probability, allowed, valid, line_maximum, line_index, point_index, component_class = ctx.saved_tensors
         by_negatives, by_mass, by_line, by_point, by_component = gradients
         nothing = probability.new_zeros(probability.shape[:2])
         by_mass = (nothing if by_mass is None else by_mass)[:, :, None, None]
         by_allowed = by_mass if by_negatives is None else by_mass - by_negatives[:, :, None, None]
         result = torch.empty_like(probability)
-        for rows in _row_blocks(probability):
+        # A gradient g at one class of one voxel adds p g to that class and takes p_k p g from each class k of the
+        # voxel. What is taken is one number a voxel, so lines cost what they number, however many classes there are.
+        by_entry = taken = None
+        if by_line is not None and by_line.shape[0] > 0:
+            num_classes, num_voxels = probability.shape[1], probability[0, 0].numel()
+            by_entry = by_line * line_maximum.clamp_min(0)
+            item = torch.div(line_index, num_classes * num_voxels, rounding_mode="floor")
+            voxel = item * num_voxels + line_index % num_voxels
+            taken = probability.new_zeros(probability.shape[0] * num_voxels).index_add_(0, voxel, by_entry)
+            taken = taken.view_as(probability[:, :1])
+        for rows in row_blocks(probability):
             # The backward pass of softmax: p (g - sum of p g).
             block = probability[:, :, rows]
             gradient = torch.where(allowed[:, :, rows], by_allowed, by_mass)
@@ -210,18 +208,12 @@ class _Reductions(torch.autograd.Function):
                 gradient.mul_(valid[:, :, rows])
             if by_component is not None and component_class is not None:
                 gradient.scatter_add_(1, component_class[:, :, rows], by_component[:, :, rows])
-            gradient.sub_((gradient * block).sum(1, keepdim=True))
-            torch.mul(gradient, block, out=result[:, :, rows])
-        if by_line is not None and by_line.shape[0] > 0:
-            # The same for single voxels: an entry's gradient reaches every class of its voxel.
-            num_classes, num_voxels = probability.shape[1], probability[0, 0].numel()
-            plane = torch.div(line_index, num_voxels, rounding_mode="floor")
-            label = plane % num_classes
-            every_class = torch.arange(num_classes, device=label.device)
-            index = line_index[:, None] + (every_class - label[:, None]) * num_voxels
-            p = probability.view(-1).index_select(0, index.view(-1)).view_as(index)
-            own = (every_class == label[:, None]).to(p.dtype) - p.gather(1, label[:, None])
-            result.view(-1).index_add_(0, index.view(-1), (p * own * by_line[:, None]).view(-1))
+            total = (gradient * block).sum(1, keepdim=True)
+            if taken is not None:
+                total += taken[:, :, rows]
+            torch.mul(gradient.sub_(total), block, out=result[:, :, rows])
+        if by_entry is not None:
+            result.view(-1).index_add_(0, line_index, by_entry)
         if by_point is not None:
             result.view(-1).index_add_(0, point_index, by_point)
         return result, None, None, None, None, None, None, None
@@ -243,17 +235,28 @@ def _largest_of_each_line(
     """
     if num_lines == 0:
         return probability[:0], box_index[:0]
-    line_of_entry = line.reshape(-1)
-    entry = torch.arange(box_index.shape[0], device=line.device)[:, None].expand_as(line).reshape(-1)
-    value = probability.index_select(0, box_index)[:, None].expand_as(line).reshape(-1)
-    maximum = value.new_full((num_lines + 1,), -1.0).scatter_reduce(0, line_of_entry, value, "amax")
-    largest = value == maximum.index_select(0, line_of_entry)
-    candidate = torch.where(largest, entry, 0)
-    winner = (
-        torch.zeros_like(line_of_entry[:1]).expand(num_lines + 1).scatter_reduce(0, line_of_entry, candidate, "amax")
-    )
-    maximum = maximum[:num_lines]
-    return maximum, box_index.index_select(0, winner[:num_lines]) * (maximum >= 0)
+    value = probability.index_select(0, box_index)
+    if value.dtype == torch.float32:
+        # Numbers of at least 0 sort as their bits do: one reduction finds the largest and, in the lower half, where.
+        key = (value.view(torch.int32).long() << 32) | torch.arange(box_index.shape[0], device=line.device)
+        best = key.new_full((num_lines + 1,), -1)
+        for axis in line.unbind(1):
+            best.scatter_reduce_(0, axis, key, "amax")
+        best = best[:num_lines]
+        filled = best >= 0
+        maximum = torch.where(filled, (best >> 32).to(torch.int32).view(torch.float32), -1.0)
+        winner = best & 0xFFFFFFFF
+    else:
+        line_of_entry = line.reshape(-1)
+        entry = torch.arange(box_index.shape[0], device=line.device)[:, None].expand_as(line).reshape(-1)
+        value = value[:, None].expand_as(line).reshape(-1)
+        maximum = value.new_full((num_lines + 1,), -1.0).scatter_reduce(0, line_of_entry, value, "amax")
+        largest = value == maximum.index_select(0, line_of_entry)
+        winner = line_of_entry.new_zeros(num_lines + 1)
+        winner = winner.scatter_reduce(0, line_of_entry, torch.where(largest, entry, 0), "amax")[:num_lines]
+        maximum = maximum[:num_lines]
+        filled = maximum >= 0
+    return maximum, box_index.index_select(0, winner * filled) * filled
 
 
 def _default_losses(
@@ -280,7 +283,6 @@ def _default_losses(
             known = known & valid.view(batch_size, num_voxels)
         classes = classes.long() * known
 
-    box_class = annotations.box_class.index_select(0, annotations.box_of_voxel)
     every_class = torch.arange(num_classes, device=logits.device)
     num_lines = annotations.line_box.shape[0]
     line = annotations.box_line
@@ -292,7 +294,7 @@ def _default_losses(
         logits.contiguous().view(rows),
         allowed.contiguous().view(rows),
         valid,
-        flat_class_index(annotations.box_voxels, box_class, num_classes, num_voxels),
+        class_index_of_boxes(annotations, num_classes, num_voxels),
         line,
         num_lines,
         flat_class_index(annotations.points[:, None], every_class, num_classes, num_voxels).view(-1),
@@ -377,27 +379,6 @@ def _mean_over_classes(log_negatives: Tensor, total: Tensor, number: Tensor) -> 
     has = number > 0
     terms = (log_negatives - total / number.clamp_min(1)) * has
     return terms.sum() / has.sum().clamp_min(1)
-
-
-def marginal_cross_entropy(logits: Tensor, allowed: Tensor, where: Tensor) -> Tensor:
-    """Cross entropy of "one of these classes": mean over the voxels asked for of -log of the allowed classes' mass.
-
-    For masks whose annotator drew some classes only: what is left blank is background or any class not drawn. With
-    one class allowed it is the ordinary cross entropy, with all of them 0.
-
-    Args:
-        logits: (B, C, *S), floating; computed in float32 (float64 for float64).
-        allowed: (B, C, *S) bool; a voxel with none counts as one with all.
-        where: (B, *S) bool.
-
-    Returns:
-        Scalar, at least 0 (up to rounding); 0 with zero gradient where `where` is empty.
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        scores = logits if logits.dtype == torch.float64 else logits.float()
-        within = torch.where(allowed | ~allowed.any(1, keepdim=True), scores, -torch.inf).logsumexp(1)
-        loss = scores.logsumexp(1) - within
-        return (loss * where).sum() / where.sum().clamp_min(1)
 
 
 class DSPLoss(nn.Module):

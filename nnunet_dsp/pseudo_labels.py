@@ -1,7 +1,7 @@
 """Which classes each voxel may still have, and the pseudo-labels within that set.
 
-One idea carries all kinds of annotation: the set of classes an annotation leaves at a voxel. Losses over that set
-(cross entropy against the pseudo-label, marginal cross entropy) stand in losses.py or here; nothing here knows nnU-Net.
+One idea carries all kinds of annotation: the set of classes an annotation leaves at a voxel. The losses
+over that set stand in set_losses.py; nothing here knows nnU-Net.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nnunet_dsp.batch import AnnotationBatch
@@ -29,6 +28,12 @@ def flat_class_index(voxels: Tensor, classes: Tensor, num_classes: int, num_voxe
     """
     item = torch.div(voxels, num_voxels, rounding_mode="floor")
     return voxels + (item * (num_classes - 1) + classes) * num_voxels
+
+
+def class_index_of_boxes(annotations: AnnotationBatch, num_classes: int, num_voxels: int) -> Tensor:
+    """flat_class_index() of every box's voxels at the box's own class, (M,) int64; computed box by box, then added."""
+    offset = (annotations.box_item * (num_classes - 1) + annotations.box_class) * num_voxels
+    return annotations.box_voxels + offset.index_select(0, annotations.box_of_voxel)
 
 
 def masked_classes(
@@ -90,9 +95,9 @@ def allowed_classes(
     line = allowed.view(-1)
     if annotations.box_voxels.shape[0] > 0:
         # Boxes of classes that are not complete write what stands there already.
-        box_class = annotations.box_class
-        index = flat_class_index(annotations.box_voxels, box_class[annotations.box_of_voxel], num_classes, num_voxels)
-        line.scatter_(0, index, possible[annotations.box_item, box_class][annotations.box_of_voxel])
+        index = class_index_of_boxes(annotations, num_classes, num_voxels)
+        of_box = possible[annotations.box_item, annotations.box_class]
+        line.scatter_(0, index, of_box.index_select(0, annotations.box_of_voxel))
     if annotations.partial.numel() > 0:
         undrawn = ~annotations.listed
         undrawn[:, :1] = True
@@ -153,24 +158,6 @@ def pseudo_label(logits: Tensor, allowed: Tensor) -> Tensor:
     """
     # max() rather than argmax(), which is several times as slow across channels on a CPU
     return torch.where(allowed, logits.detach(), -torch.inf).max(1).indices
-
-
-def pseudo_label_loss(logits: Tensor, allowed: Tensor, where: Tensor) -> Tensor:
-    """Cross entropy against the pseudo-label, mean over the voxels asked for.
-
-    Args:
-        logits: (B, C, *S), floating; computed in float32 (float64 for float64).
-        allowed: (B, C, *S) bool, not empty at any voxel.
-        where: (B, *S) bool.
-
-    Returns:
-        Scalar, at least 0; 0 with zero gradient where `where` is empty.
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        log_probability = F.log_softmax(_float32_or_64(logits), 1)
-        label = pseudo_label(log_probability, allowed).masked_fill_(~where, -1)
-        total = F.nll_loss(log_probability, label, ignore_index=-1, reduction="sum")
-        return total / where.sum().clamp_min(1)
 
 
 def released_filter(

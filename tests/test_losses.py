@@ -14,7 +14,7 @@ from oracle import TOLERANCE, WeakBatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_dsp.batch import AnnotationBatch
-from nnunet_dsp.losses import DSPLoss, DSPLosses, dsp_losses, marginal_cross_entropy
+from nnunet_dsp.losses import DSPLoss, DSPLosses, dsp_losses
 from nnunet_dsp.pseudo_labels import allowed_classes
 
 SHAPES = {"2D": (4, 5), "3D": (3, 2, 4)}
@@ -283,7 +283,7 @@ def test_the_size_of_the_blocks_makes_no_difference(monkeypatch, shape, entries)
     logits = to_logits(batch)
     whole = losses_of(batch, logits)
     (expected,) = torch.autograd.grad(sum(whole), logits)
-    monkeypatch.setattr("nnunet_dsp.losses._BLOCK", entries)
+    monkeypatch.setattr("nnunet_dsp.blocks._BLOCK", entries)
     blocked = losses_of(batch, logits)
     (gradient,) = torch.autograd.grad(sum(blocked), logits)
     assert values_of(blocked) == pytest.approx(values_of(whole), rel=1e-12)
@@ -317,7 +317,7 @@ def test_shapes_that_do_not_belong_together_are_refused(options, message):
         dsp_losses(**arguments)
 
 
-class _NoLookAtData(TorchDispatchMode):
+class NoLookAtData(TorchDispatchMode):
     """Fails at whatever would make the host wait for the device, or give a result whose size depends on values."""
 
     FORBIDDEN = (
@@ -348,11 +348,11 @@ def test_the_default_variant_never_looks_at_the_data_from_the_host():
     batch = oracle.random_batch(1, (4, 5), 3)
     logits, annotations = to_logits(batch), to_annotations(batch)
     target, ids = to_tensor(batch.target, batch, torch.int16), to_tensor(batch.components, batch, torch.int32)
-    with pytest.raises(AssertionError, match="needs the values"), _NoLookAtData():
+    with pytest.raises(AssertionError, match="needs the values"), NoLookAtData():
         logits.sum().item()
-    with pytest.raises(AssertionError, match=r"boolean mask|needs the values"), _NoLookAtData():
+    with pytest.raises(AssertionError, match=r"boolean mask|needs the values"), NoLookAtData():
         logits[logits > 0].sum()
-    with _NoLookAtData():
+    with NoLookAtData():
         sum(dsp_losses(logits, annotations, target=target, components=ids, ignore_label=3)).backward()
 
 
@@ -389,39 +389,3 @@ def test_the_module_weighs_each_kind_by_its_own_weight():
     assert total.item() == pytest.approx(sum(weights[kind] * value for kind, value in values.items()))
     with pytest.raises(ValueError, match="`variant` to be one of"):
         DSPLoss(variant="published")
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_marginal_cross_entropy_is_the_formula(shape):
-    batch = oracle.random_batch(4, shape, 3)
-    logits = to_logits(batch)
-    where = torch.rand(2, *shape) < 0.6
-    allowed = torch.rand(2, 3, *shape) < 0.5
-    allowed[:, 0] |= ~allowed.any(1)
-    p, total = logits.softmax(1), 0.0
-    for index in where.nonzero().tolist():
-        b, *v = index
-        total -= math.log(sum(p[(b, c, *v)].item() for c in range(3) if allowed[(b, c, *v)]))
-    loss = marginal_cross_entropy(logits, allowed, where)
-    assert loss.item() == pytest.approx(total / len(where.nonzero()), rel=1e-9)
-    assert torch.autograd.gradcheck(lambda x: marginal_cross_entropy(x, allowed, where), (logits,))
-
-
-def test_marginal_cross_entropy_is_finite_for_empty_sets_nowhere_and_extreme_logits():
-    logits = (torch.randn(1, 3, 2, 2) * 1e4).requires_grad_()
-    empty = torch.zeros(1, 3, 2, 2, dtype=torch.bool)
-    one = empty.clone()
-    one[:, 1] = True
-    for allowed in (empty, one, ~empty):
-        for where in (torch.zeros(1, 2, 2, dtype=torch.bool), torch.ones(1, 2, 2, dtype=torch.bool)):
-            loss = marginal_cross_entropy(logits, allowed, where)
-            (gradient,) = torch.autograd.grad(loss, logits)
-            assert torch.isfinite(loss)
-            assert torch.isfinite(gradient).all()
-            if not where.any() or allowed is not one:
-                assert loss.item() == 0
-    target = torch.randint(3, (1, 2, 2))
-    exact = torch.nn.functional.one_hot(target, 3).movedim(-1, 1).bool()
-    where = torch.ones(1, 2, 2, dtype=torch.bool)
-    expected = torch.nn.functional.cross_entropy(logits, target)
-    torch.testing.assert_close(marginal_cross_entropy(logits, exact, where), expected)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_losses import EVERY_KIND, SHAPES, to_annotations, to_logits, to_tensor
@@ -17,7 +14,6 @@ from nnunet_dsp.pseudo_labels import (
     allowed_classes,
     filter_probabilities,
     pseudo_label,
-    pseudo_label_loss,
     released_filter,
 )
 
@@ -127,40 +123,6 @@ def test_the_filter_computes_in_float32():
     filtered = filter_probabilities(logits, torch.tensor([[False, True]]).reshape(1, 2, 1, 1))
     assert filtered.dtype == torch.float32
     assert filtered.flatten().tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_pseudo_label_loss_is_cross_entropy_against_the_pseudo_label(shape):
-    batch = oracle.random_batch(3, shape, 4)
-    logits, allowed = to_logits(batch), allowed_of(batch)
-    where = torch.rand(2, *shape) < 0.5
-    loss = pseudo_label_loss(logits, allowed, where)
-    label = pseudo_label(logits, allowed)
-    total = 0.0
-    for b, *v in where.nonzero().tolist():
-        scores = logits[(b, slice(None), *v)].tolist()
-        total += math.log(sum(math.exp(score) for score in scores)) - scores[int(label[(b, *v)])]
-    assert loss.item() == pytest.approx(total / int(where.sum()), rel=1e-9)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    (expected,) = torch.autograd.grad((F.cross_entropy(logits, label, reduction="none") * where).sum(), logits)
-    torch.testing.assert_close(gradient, expected / where.sum())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_the_pseudo_label_loss_is_finite_for_extreme_logits_and_nowhere(dtype):
-    logits = (torch.randn(1, 3, 2, 2) * 1e4).to(dtype).requires_grad_()
-    allowed = torch.zeros(1, 3, 2, 2, dtype=torch.bool)
-    allowed[:, 1] = True
-    for where in (torch.zeros(1, 2, 2, dtype=torch.bool), torch.ones(1, 2, 2, dtype=torch.bool)):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = pseudo_label_loss(logits, allowed, where)
-        (gradient,) = torch.autograd.grad(loss, logits)
-        assert loss.dtype == torch.float32
-        assert torch.isfinite(loss)
-        assert torch.isfinite(gradient).all()
-        if not where.any():
-            assert loss.item() == 0
-            assert (gradient == 0).all()
 
 
 def test_the_released_filter_gives_nan_where_a_box_and_a_tag_exclude_everything():

@@ -1,0 +1,129 @@
+"""The losses over the allowed classes, against their formulas with loops."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from test_losses import SHAPES, NoLookAtData, to_logits
+from test_pseudo_labels import allowed_of
+
+from nnunet_dsp import blocks
+from nnunet_dsp.pseudo_labels import pseudo_label
+from nnunet_dsp.set_losses import marginal_cross_entropy, pseudo_label_loss, set_losses
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_marginal_cross_entropy_is_the_formula(shape):
+    batch = oracle.random_batch(4, shape, 3)
+    logits = to_logits(batch)
+    where = torch.rand(2, *shape) < 0.6
+    allowed = torch.rand(2, 3, *shape) < 0.5
+    allowed[:, 0] |= ~allowed.any(1)
+    p, total = logits.softmax(1), 0.0
+    for index in where.nonzero().tolist():
+        b, *v = index
+        total -= math.log(sum(p[(b, c, *v)].item() for c in range(3) if allowed[(b, c, *v)]))
+    loss = marginal_cross_entropy(logits, allowed, where)
+    assert loss.item() == pytest.approx(total / len(where.nonzero()), rel=1e-9)
+    assert torch.autograd.gradcheck(lambda x: marginal_cross_entropy(x, allowed, where), (logits,))
+
+
+def test_marginal_cross_entropy_is_finite_for_empty_sets_nowhere_and_extreme_logits():
+    logits = (torch.randn(1, 3, 2, 2) * 1e4).requires_grad_()
+    empty = torch.zeros(1, 3, 2, 2, dtype=torch.bool)
+    one = empty.clone()
+    one[:, 1] = True
+    for allowed in (empty, one, ~empty):
+        for where in (torch.zeros(1, 2, 2, dtype=torch.bool), torch.ones(1, 2, 2, dtype=torch.bool)):
+            loss = marginal_cross_entropy(logits, allowed, where)
+            (gradient,) = torch.autograd.grad(loss, logits)
+            assert torch.isfinite(loss)
+            assert torch.isfinite(gradient).all()
+            if not where.any() or allowed is not one:
+                assert loss.item() == 0
+    target = torch.randint(3, (1, 2, 2))
+    exact = F.one_hot(target, 3).movedim(-1, 1).bool()
+    where = torch.ones(1, 2, 2, dtype=torch.bool)
+    expected = F.cross_entropy(logits, target)
+    torch.testing.assert_close(marginal_cross_entropy(logits, exact, where), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_pseudo_label_loss_is_cross_entropy_against_the_pseudo_label(shape):
+    batch = oracle.random_batch(3, shape, 4)
+    logits, allowed = to_logits(batch), allowed_of(batch)
+    where = torch.rand(2, *shape) < 0.5
+    loss = pseudo_label_loss(logits, allowed, where)
+    label = pseudo_label(logits, allowed)
+    total = 0.0
+    for b, *v in where.nonzero().tolist():
+        scores = logits[(b, slice(None), *v)].tolist()
+        total += math.log(sum(math.exp(score) for score in scores)) - scores[int(label[(b, *v)])]
+    assert loss.item() == pytest.approx(total / int(where.sum()), rel=1e-9)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    (expected,) = torch.autograd.grad((F.cross_entropy(logits, label, reduction="none") * where).sum(), logits)
+    torch.testing.assert_close(gradient, expected / where.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_pseudo_label_loss_is_finite_for_extreme_logits_and_nowhere(dtype):
+    logits = (torch.randn(1, 3, 2, 2) * 1e4).to(dtype).requires_grad_()
+    allowed = torch.zeros(1, 3, 2, 2, dtype=torch.bool)
+    allowed[:, 1] = True
+    for where in (torch.zeros(1, 2, 2, dtype=torch.bool), torch.ones(1, 2, 2, dtype=torch.bool)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = pseudo_label_loss(logits, allowed, where)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.dtype == torch.float32
+        assert torch.isfinite(loss)
+        assert torch.isfinite(gradient).all()
+        if not where.any():
+            assert loss.item() == 0
+            assert (gradient == 0).all()
+
+
+def test_both_losses_are_the_same_in_blocks_and_in_one_piece(monkeypatch):
+    batch = oracle.random_batch(5, (7, 6), 3)
+    logits, allowed = to_logits(batch), torch.rand(2, 3, 7, 6) < 0.6
+    where = torch.rand(2, 7, 6) < 0.7
+
+    def value_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        losses = set_losses(logits, allowed, where)
+        total = losses.marginal + 3 * losses.pseudo_label
+        return total, torch.autograd.grad(total, logits)[0]
+
+    whole = value_and_gradient()
+    monkeypatch.setattr(blocks, "_BLOCK", 2 * 3 * 6 * 2)
+    assert len(blocks.row_blocks(logits)) == 4
+    for ours, expected in zip(value_and_gradient(), whole, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_each_loss_has_its_own_gradient():
+    batch = oracle.random_batch(6, (4, 5), 3)
+    logits = to_logits(batch)
+    allowed = torch.rand(2, 3, 4, 5) < 0.7
+    allowed[:, 1] |= ~allowed.any(1)
+    where = torch.ones(2, 4, 5, dtype=torch.bool)
+    assert torch.autograd.gradcheck(lambda x: tuple(set_losses(x, allowed, where)), (logits,))
+
+
+def test_the_gradient_towards_a_nearly_excluded_class_does_not_vanish():
+    logits = torch.tensor([70.0, 0.0]).reshape(1, 2, 1, 1).requires_grad_()
+    allowed = torch.tensor([False, True]).reshape(1, 2, 1, 1)
+    loss = marginal_cross_entropy(logits, allowed, torch.ones(1, 1, 1, dtype=torch.bool))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == pytest.approx(70.0)
+    assert gradient.flatten().tolist() == pytest.approx([1.0, -1.0])
+
+
+def test_the_losses_never_look_at_the_data_from_the_host():
+    batch = oracle.random_batch(1, (4, 5), 3)
+    logits, allowed = to_logits(batch), torch.rand(2, 3, 4, 5) < 0.5
+    where = torch.rand(2, 4, 5) < 0.5
+    with NoLookAtData():
+        sum(set_losses(logits, allowed, where)).backward()
