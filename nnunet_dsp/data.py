@@ -203,8 +203,7 @@ class DSPDataLoader(nnUNetDataLoader):
         if case is None:
             known = PatchAnnotations.unknown(self._num_classes)
             if patch is not None:
-                outside = patch.outside()
-                known.outside = outside if outside.any() else None
+                known.outside = patch.outside()
         else:
             known = annotate_patch(case, patch, target, drawn_background, start, self._ignored_value)
         self._patches.append(known)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-FloatArray = npt.NDArray[np.float64]
+from nnunet_dsp.coordinate_map import CoordinateMap, FloatArray
+
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 _AFFINE_TOLERANCE = 0.02  # voxels; interpolation of a linear map through float32 stays well below 0.001
+_STRAIGHT_TOLERANCE = 1e-3  # voxels; what a patch may be turned against the case and still count as straight
 _VALID_WEIGHT = 0.999  # how much of a voxel's interpolation must have come from inside the crop
 
 
@@ -80,15 +82,10 @@ def coordinate_channels(crop_start: Sequence[int], crop_shape: Sequence[int], di
         dim: 2 or 3; in 2D the first case axis is the slice and takes no channel.
 
     Returns:
-        Shape (dim + 1, *crop_shape), float32. The coordinates continue linearly into the padding; the last channel
-        tells what the transforms themselves invented beyond the crop.
+        Shape (dim + 1, *crop_shape), a tensor that needs no memory. The coordinates continue linearly into the
+        padding; the last channel tells what the transforms themselves invented beyond the crop.
     """
-    channels = torch.ones((dim + 1, *crop_shape), dtype=torch.float32)
-    for axis in range(dim):
-        start = int(crop_start[3 - dim + axis])
-        line = torch.arange(start, start + crop_shape[axis], dtype=torch.float32)
-        channels[axis] = line.view([-1 if a == axis else 1 for a in range(dim)])
-    return channels
+    return CoordinateMap.identity([int(first) for first in crop_start[3 - dim :]], crop_shape)
 
 
 class PatchMap:
@@ -99,31 +96,60 @@ class PatchMap:
     neighbour search in the moved map.
 
     Args:
-        moved: (dim + 1, *patch), float32: coordinate_channels() after the transforms.
+        moved: (dim + 1, *patch): coordinate_channels() after the transforms, still a CoordinateMap if they did what
+            that understands, else float32.
         case_shape: (3,) voxels of the case.
         slice_index: in 2D, the slice of the case this patch shows; ignored in 3D.
     """
 
     def __init__(self, moved: Tensor, case_shape: Sequence[int], slice_index: int = 0) -> None:
-        self._weight = moved[-1].numpy()
-        self._coordinates = moved[:-1].numpy()
-        self.dim = self._coordinates.shape[0]
-        self.shape = np.asarray(self._coordinates.shape[1:], dtype=np.int64)
+        self._moved = moved
+        self.dim = moved.ndim - 1
+        self.shape = np.asarray(moved.shape[1:], dtype=np.int64)
         self.case_shape = np.asarray(case_shape, dtype=np.int64)[3 - self.dim :]
         self.slice_index = slice_index
+        self._channels: npt.NDArray[np.float32] | None = None
         self._source: FloatArray | None = None
         self._tree: Any = None
         self.matrix, self.translation, self.is_affine = self._fit()
+        self._trusted_everywhere = self._is_trusted_everywhere()
+
+    def _dense(self) -> npt.NDArray[np.float32]:
+        """(dim + 1, *patch); made of a CoordinateMap only where formulas do not do."""
+        if self._channels is None:
+            moved = self._moved
+            self._channels = (moved.dense() if isinstance(moved, CoordinateMap) else moved).numpy()
+        return self._channels
+
+    def _samples(self, voxels: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Coordinates (N, dim) and ones channel (N,) at some voxels, (N, dim)."""
+        if isinstance(self._moved, CoordinateMap) and self._channels is None:
+            return self._moved.at(voxels)
+        channels = self._dense()[(slice(None), *voxels.T)].astype(np.float64)
+        return channels[:-1].T, channels[-1]
+
+    def _trusted(self, voxels: IntArray) -> BoolArray:
+        """(N,) whether the voxels, (N, dim), show something from inside the crop."""
+        if self._trusted_everywhere:
+            return np.ones(len(voxels), np.bool_)
+        return np.asarray(self._samples(voxels)[1] > _VALID_WEIGHT)
+
+    def _is_trusted_everywhere(self) -> bool:
+        if isinstance(self._moved, CoordinateMap) and self.is_affine:
+            # Inside the crop is a box, and an affine patch of which the corners lie in a box lies in it.
+            return bool((self._samples(self._corners())[1] > _VALID_WEIGHT).all())
+        return bool(self._dense()[-1].min(initial=1) > _VALID_WEIGHT)
+
+    def _corners(self) -> IntArray:
+        return np.array(list(product(*[(0, size - 1) for size in self.shape])), dtype=np.int64)
 
     def _fit(self) -> tuple[FloatArray, FloatArray, bool]:
         """Least squares of source = matrix @ voxel + translation over a coarse grid of trustworthy voxels."""
         lines = [np.unique(np.linspace(0, size - 1, min(size, 9)).round().astype(np.int64)) for size in self.shape]
-        grid = np.meshgrid(*lines, indexing="ij")
-        index = tuple(axis.ravel() for axis in grid)
-        trusted = self._weight[index] > _VALID_WEIGHT
-        voxels = np.stack(index, axis=1)[trusted].astype(np.float64)
-        every_axis = (slice(None), *index)
-        source = self._coordinates[every_axis].T[trusted].astype(np.float64)
+        index = np.stack([axis.ravel() for axis in np.meshgrid(*lines, indexing="ij")], axis=1)
+        source, weight = self._samples(index)
+        trusted = weight > _VALID_WEIGHT
+        voxels, source = index[trusted].astype(np.float64), source[trusted]
         identity = np.eye(self.dim)
         if len(voxels) <= self.dim:
             return identity, np.zeros(self.dim), False
@@ -138,6 +164,30 @@ class PatchMap:
         error = np.abs(voxels @ matrix.T + translation - source).max()
         regular = abs(np.linalg.det(matrix)) > 1e-6
         return matrix, translation, bool(error < _AFFINE_TOLERANCE and regular)
+
+    @cached_property
+    def _axes(self) -> IntArray | None:
+        """(dim,) which patch axis runs along each case axis, None if the patch is turned against the case."""
+        if not self.is_affine:
+            return None
+        axes = np.abs(self.matrix).argmax(axis=1)
+        others = self.matrix.copy()
+        others[np.arange(self.dim), axes] = 0
+        straight = (np.abs(others) * self.shape).max() < _STRAIGHT_TOLERANCE
+        return axes if straight and len(set(axes.tolist())) == self.dim else None
+
+    def _lines(self, axes: IntArray) -> list[FloatArray]:
+        """Case coordinates along each case axis, where each has a patch axis of its own."""
+        return [
+            self.matrix[d, a] * np.arange(self.shape[a]) + self.translation[d] + self._others(d, int(a))
+            for d, a in enumerate(axes)
+        ]
+
+    def _others(self, d: int, a: int) -> float:
+        """What the tiny remaining slope along the other patch axes adds, in the middle."""
+        rest = self.matrix[d].copy()
+        rest[a] = 0
+        return float(rest @ (self.shape - 1) / 2)
 
     @property
     def step(self) -> FloatArray:
@@ -160,22 +210,45 @@ class PatchMap:
                     ]
                 )
             else:
-                self._source = self._coordinates / np.maximum(self._weight, 1e-6)
+                self._source = self._dense()[:-1] / np.maximum(self._dense()[-1], 1e-6)
         return self._source
 
-    def outside(self) -> BoolArray:
-        """(*patch) True where a voxel shows no part of the case."""
-        beyond = self._weight <= _VALID_WEIGHT
-        if self.is_affine and not beyond.any() and self._corners_inside_case():
-            return beyond
-        for coordinate, size in zip(self.source(), self.case_shape, strict=True):
-            beyond = beyond | (coordinate < -0.5) | (coordinate > size - 0.5)
-        return np.asarray(beyond, dtype=np.bool_)
+    def outside(self) -> BoolArray | None:
+        """(*patch) True where a voxel shows no part of the case; None: every voxel shows some."""
+        if self.is_affine and self._trusted_everywhere and self._corners_inside_case():
+            return None
+        beyond = np.zeros(tuple(self.shape), np.bool_)
+        if not self._trusted_everywhere:
+            beyond |= self._dense()[-1] <= _VALID_WEIGHT
+        if self._axes is not None:
+            for line, axis, size in zip(self._straight_lines, self._axes, self.case_shape, strict=True):
+                off = (line < -0.5) | (line > size - 0.5)
+                if off.any():
+                    beyond |= off.reshape([-1 if a == axis else 1 for a in range(self.dim)])
+        else:
+            for d, size in enumerate(self.case_shape):
+                if self.is_affine and self._axis_inside_case(d):
+                    continue
+                coordinate = self._coordinate(d)
+                beyond |= (coordinate < -0.5) | (coordinate > size - 0.5)
+        return beyond if beyond.any() else None
+
+    def _coordinate(self, d: int) -> npt.NDArray[np.floating[Any]]:
+        """(*patch) one case coordinate of every voxel."""
+        if not self.is_affine:
+            return np.asarray(self.source()[d])
+        terms = np.ogrid[tuple(slice(0, int(size)) for size in self.shape)]
+        total: Any = np.float32(self.translation[d])
+        for axis, term in enumerate(terms):
+            total = total + (self.matrix[d, axis] * term).astype(np.float32)
+        return np.broadcast_to(total, tuple(self.shape))
+
+    def _axis_inside_case(self, d: int) -> bool:
+        source = self._corners() @ self.matrix[d] + self.translation[d]
+        return bool(((source >= -0.5) & (source <= self.case_shape[d] - 0.5)).all())
 
     def _corners_inside_case(self) -> bool:
-        corners = np.array(list(product(*[(0, size - 1) for size in self.shape])), dtype=np.float64)
-        source = corners @ self.matrix.T + self.translation
-        return bool(((source >= -0.5) & (source <= self.case_shape - 0.5)).all())
+        return all(self._axis_inside_case(d) for d in range(self.dim))
 
     def locate(self, positions: FloatArray) -> tuple[IntArray, BoolArray]:
         """The patch voxel nearest to each case position.
@@ -200,13 +273,12 @@ class PatchMap:
             voxels, visible = self._nearest(positions)
         if not visible.all():
             voxels = np.where(visible[:, None], voxels, 0)
-        trusted: BoolArray = self._weight[tuple(voxels.T)] > _VALID_WEIGHT
-        return voxels, visible & trusted
+        return voxels, visible & self._trusted(voxels)
 
     def _nearest(self, positions: FloatArray) -> tuple[IntArray, BoolArray]:
         from scipy.spatial import cKDTree
 
-        trusted = np.flatnonzero(self._weight > _VALID_WEIGHT)
+        trusted = np.flatnonzero(self._dense()[-1] > _VALID_WEIGHT)
         if len(trusted) == 0:
             return np.zeros((len(positions), self.dim), np.int64), np.zeros(len(positions), np.bool_)
         if self._tree is None:
@@ -267,8 +339,68 @@ class PatchMap:
             flat = np.arange(len(source))
         # a float32 map carries errors of about 1e-4 voxels: a voxel centre may sit on a face only by chance
         inside = ((source >= span[0] - 1e-3) & (source < span[1] - 1e-3)).all(axis=1)
-        inside &= self._weight.reshape(-1)[flat] > _VALID_WEIGHT
+        if not self._trusted_everywhere:
+            inside &= self._dense()[-1].reshape(-1)[flat] > _VALID_WEIGHT
         return flat[inside].astype(np.int64), source[inside]
+
+
+    def straight_box(self, span: FloatArray, complete: bool) -> tuple[IntArray, IntArray, int] | None:
+        """voxels_in() and box_lines() at once, axis by axis, where the patch is not turned against the case.
+
+        Most patches are not, and then a box of the case is a box of the patch: nothing has to be asked voxel by voxel.
+
+        Args:
+            span: (2, dim) the box in case coordinates.
+            complete: True if the whole box is visible.
+
+        Returns:
+            flat (M,), lines (M, dim) and their number, as those functions would; None where they have to do it.
+        """
+        axes = self._axes
+        if axes is None or not self._trusted_everywhere:
+            return None
+        thickness = np.maximum(1.0, self.step)
+        extent = span[1] - span[0]
+        number = np.maximum(1, np.floor(extent / thickness + 1e-6)).astype(np.int64)
+        low, high = _inner_corners(span[None])
+        spans_axis = [self._shows(d, low[:, d], high[:, d])[0] for d in range(self.dim)]
+        index: list[IntArray] = [np.zeros(0, np.int64)] * self.dim
+        number_of: list[IntArray] = [np.zeros(0, np.int64)] * self.dim
+        count = 0
+        for d, (line, axis) in enumerate(zip(self._straight_lines, axes, strict=True)):
+            inside = np.flatnonzero((line >= span[0, d] - 1e-3) & (line < span[1, d] - 1e-3))
+            bins = ((line[inside] - span[0, d] + 1e-3) / extent[d] * number[d]).astype(np.int64).clip(0, number[d] - 1)
+            kept = np.zeros(number[d], np.bool_)
+            kept[bins] = True
+            if not complete:
+                edges = span[0, d] + extent[d] * np.arange(number[d] + 1) / number[d]
+                middle = (edges[:-1] + edges[1:]) / 2
+                kept &= self._shows(d, np.minimum(edges[:-1] + 0.5, middle), np.maximum(edges[1:] - 0.5, middle))
+                kept &= all(shown for e, shown in enumerate(spans_axis) if e != d)
+            numbers = np.full(number[d], -1, np.int64)
+            numbers[kept] = count + np.arange(kept.sum())
+            count += int(kept.sum())
+            index[axis], number_of[d] = inside, numbers[bins]
+        flat = np.ravel_multi_index(np.ix_(*index), tuple(self.shape)).reshape(-1).astype(np.int64)
+        lines = np.empty((*(len(i) for i in index), self.dim), np.int64)
+        for d, axis in enumerate(axes):
+            lines[..., d] = number_of[d].reshape([-1 if a == axis else 1 for a in range(self.dim)])
+        return flat, lines.reshape(-1, self.dim), count
+
+    @cached_property
+    def _straight_lines(self) -> list[FloatArray]:
+        return [] if self._axes is None else self._lines(self._axes)
+
+    def _shows(self, d: int, low: FloatArray, high: FloatArray) -> BoolArray:
+        """(N,) whether both of two positions on a case axis lie in the patch, as locate() decides."""
+        axis = int(np.abs(self.matrix[d]).argmax())
+        size = int(self.shape[axis])
+        shown = np.ones(len(low), np.bool_)
+        for position in (low, high):
+            exact = (position - self.translation[d] - self._others(d, axis)) / self.matrix[d, axis]
+            voxel = np.floor(exact + 0.5)
+            shown &= (voxel >= 0) & ((voxel < size) | ((voxel == size) & (exact - 0.5 - (size - 1) < 1e-6)))
+        return shown
 
 
 def _inner_corners(spans: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -178,8 +178,7 @@ def annotate_patch(
     if len(case.boxes):
         whole_boxes = _annotate_boxes(case, patch, result)
 
-    outside = patch.outside()
-    result.outside = outside if outside.any() else None
+    result.outside = patch.outside()
 
     if drawn_background is not None:
         source = patch.source()
@@ -187,7 +186,9 @@ def annotate_patch(
         for axis in range(dim):
             nearest = np.floor(source[axis] + 0.5).astype(np.int64) - int(crop_start[3 - dim + axis])
             index.append(np.clip(nearest, 0, drawn_background.shape[axis] - 1))
-        result.partial = drawn_background[tuple(index)] & ~outside & (target == ignored_value)
+        result.partial = drawn_background[tuple(index)] & (target == ignored_value)
+        if result.outside is not None:
+            result.partial &= ~result.outside
 
     claimed = np.flatnonzero(case.tags == PRESENT)
     if len(claimed) and not _whole_case_shown(case, patch):
@@ -214,11 +215,14 @@ def _annotate_boxes(case: CaseAnnotations, patch: PatchMap, result: PatchAnnotat
     complete = patch.spans_visible(spans[candidates])
     whole, kept = [], []
     for k, all_of_it in zip(candidates.tolist(), complete.tolist(), strict=True):
-        flat, source = patch.voxels_in(spans[k])
+        straight = patch.straight_box(spans[k], all_of_it)
+        flat, source = patch.voxels_in(spans[k]) if straight is None else (straight[0], None)
         if len(flat) == 0:
             continue
         through_one_slice = dim == 3 or case.boxes[k, 1, 0] - case.boxes[k, 0, 0] <= 1 + 1e-6
-        if through_one_slice:
+        if through_one_slice and straight is not None:
+            _, lines, count = straight
+        elif through_one_slice and source is not None:
             lines, count = box_lines(patch, spans[k], source, all_of_it)
         else:  # one slice of a 3D box: the object shows in it once, but not in each of its rows and columns
             lines = np.full((len(flat), dim), -1, dtype=np.int64)

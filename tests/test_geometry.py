@@ -221,6 +221,7 @@ def test_a_point_just_outside_the_crop_is_not_seen_and_one_on_its_last_voxel_is(
 def test_padding_is_outside_and_the_image_is_not():
     patch_map = identity_map((1, 10, 10), (0, -2, 4), (8, 8), 2)
     outside = patch_map.outside()
+    assert outside is not None
     assert outside[:2].all()
     assert outside[:, 6:].all()
     assert not outside[2:, :6].any()
