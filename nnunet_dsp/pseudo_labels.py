@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nnunet_dsp.batch import AnnotationBatch
+from nnunet_dsp.blocks import row_blocks
 
 
 def flat_class_index(voxels: Tensor, classes: Tensor, num_classes: int, num_voxels: int) -> Tensor:
@@ -102,8 +103,6 @@ def allowed_classes(
         undrawn = ~annotations.listed
         undrawn[:, :1] = True
         allowed &= undrawn[:, :, None] | ~annotations.partial.reshape(batch_size, 1, num_voxels)
-    if local:
-        allowed |= ~allowed.any(1, keepdim=True)
     if annotations.points.shape[0] > 0:
         every_class = torch.arange(num_classes, device=allowed.device)
         index = flat_class_index(annotations.points[:, None], every_class, num_classes, num_voxels)
@@ -111,15 +110,35 @@ def allowed_classes(
         # Filled afterwards, so that two points of different classes at one voxel leave both.
         own = flat_class_index(annotations.points, annotations.point_class, num_classes, num_voxels)
         line.index_fill_(0, own, True)
-    if target is not None:
-        classes, known = masked_classes(target, batch_size, num_classes, ignore_label)
-        # The smallest type that holds the classes: this comparison is the one pass over all of (B, C, V).
-        dtype = torch.int8 if num_classes < 128 else torch.int64
-        code = torch.where(known, classes, -1).to(dtype)
-        every_class = torch.arange(num_classes, device=allowed.device, dtype=dtype)
-        allowed &= ~known[:, None]
-        allowed |= code[:, None] == every_class[:, None]
+    if local or target is not None:
+        rows = (batch_size, -1, int(spatial_shape[-1]))
+        known = code = None
+        if target is not None:
+            classes, known = masked_classes(target, batch_size, num_classes, ignore_label)
+            # The smallest type that holds the classes: this comparison is the one pass over all of (B, C, V).
+            code = torch.where(known, classes, -1).to(torch.int8 if num_classes < 128 else torch.int64).view(rows)
+            known = known.view(rows)
+        _fill_empty_and_masked(allowed.view(batch_size, num_classes, *rows[1:]), local, known, code)
     return allowed.view(batch_size, num_classes, *spatial_shape)
+
+
+def _fill_empty_and_masked(allowed: Tensor, local: bool, known: Tensor | None, code: Tensor | None) -> None:
+    """Allow every class where none is left, then the mask's class alone where there is a mask; in place.
+
+    Args:
+        allowed: (B, C, R, W) bool.
+        local: some voxels of an item may have no class left.
+        known: (B, R, W) bool, where the mask says something; code: (B, R, W), its class there, -1 elsewhere.
+    """
+    num_classes = allowed.shape[1]
+    for rows in row_blocks(allowed):
+        block = allowed[:, :, rows]
+        if local:  # amax() of bytes, for any() is a hundred times as slow across channels on a CPU
+            block |= ~block.contiguous().view(torch.uint8).amax(1, keepdim=True).bool()
+        if known is not None and code is not None:
+            block &= ~known[:, None, rows]
+            every_class = torch.arange(num_classes, device=code.device, dtype=code.dtype)
+            block |= code[:, None, rows] == every_class[:, None, None]
 
 
 def _product(sizes: Sequence[int]) -> int:
@@ -143,7 +162,14 @@ def filter_probabilities(logits: Tensor, allowed: Tensor) -> Tensor:
     Returns:
         (B, C, *S), float32 (float64 for float64), detached.
     """
-    return torch.where(allowed, _float32_or_64(logits.detach()), -torch.inf).softmax(1)
+    scores = _float32_or_64(logits.detach())
+    shape = (*scores.shape[:2], -1, scores.shape[-1])
+    scores, within = scores.reshape(shape), allowed.reshape(shape)
+    result = torch.empty_like(scores)
+    for rows in row_blocks(scores):
+        inside = torch.where(within[:, :, rows], scores[:, :, rows], -torch.inf)
+        torch.softmax(inside, 1, out=result[:, :, rows])
+    return result.view(logits.shape)
 
 
 def pseudo_label(logits: Tensor, allowed: Tensor) -> Tensor:
@@ -156,8 +182,13 @@ def pseudo_label(logits: Tensor, allowed: Tensor) -> Tensor:
     Returns:
         (B, *S) int64, detached.
     """
-    # max() rather than argmax(), which is several times as slow across channels on a CPU
-    return torch.where(allowed, logits.detach(), -torch.inf).max(1).indices
+    shape = (*logits.shape[:2], -1, logits.shape[-1])
+    scores, within = logits.detach().reshape(shape), allowed.reshape(shape)
+    result = torch.empty_like(scores[:, 0], dtype=torch.int64)
+    for rows in row_blocks(scores):
+        # max() rather than argmax(), which is several times as slow across channels on a CPU
+        result[:, rows] = torch.where(within[:, :, rows], scores[:, :, rows], -torch.inf).max(1).indices
+    return result.view(logits.shape[0], *logits.shape[2:])
 
 
 def released_filter(

@@ -16,6 +16,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "nnunet_dsp.benchmark.parity",
         "compare losses, gradients, filter and head with recordings of the authors' released code",
     ),
+    "loss": ("nnunet_dsp.benchmark.loss", "time the four DSP losses against a cross entropy"),
+    "head": ("nnunet_dsp.benchmark.head", "time the prototype head against its own convolutions"),
+    "filter": ("nnunet_dsp.benchmark.filter", "time the pseudo-label filter against a softmax"),
+    "loader": ("nnunet_dsp.benchmark.loader", "time the annotation loader against nnU-Net's"),
+    "step": ("nnunet_dsp.benchmark.step", "time a training step against nnU-Net's"),
+    "accuracy": ("nnunet_dsp.benchmark.accuracy", "train and compare: what each kind of annotation is worth"),
 }
 """Name: (module, one line of help)."""
 
