@@ -224,8 +224,9 @@ def read_dataset(dataset: str | int | Path) -> RawDataset:
     if not cases:
         raise FileNotFoundError(f"{folder / 'imagesTr'} holds no image named like CASE_0000{content['file_ending']}.")
     channels = len(content["channel_names"])
+    one_file = all(len(case.images) == 1 for case in cases.values())  # a colour picture holds all channels
     for case in cases.values():
-        if len(case.images) != channels:
+        if len(case.images) != channels and not one_file:
             raise ValueError(
                 f"{case.name}: expected {channels} image files, CASE_0000{content['file_ending']} and so on, "
                 "one for each of "

@@ -1,0 +1,176 @@
+"""Image files beside annotations: finding them by the name a tool wrote down, and their geometry, without their voxels.
+
+Reading, converting and writing voxels belongs in image_store.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_dsp.annotations import AnnotationError
+
+ENDINGS = (
+    ".nii.gz", ".nii", ".nrrd", ".mha", ".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg",
+)  # fmt: skip
+"""Of images that can be imported, lower case; longer ones first where one ends in another."""
+
+MAX_FILES = 1_000_000
+
+
+def ending_of(path: Path | str) -> str | None:
+    """The image ending of a file name, lower case (".nii.gz", ".png"); None: not an image we read."""
+    name = os.path.basename(str(path)).lower()
+    return next((ending for ending in ENDINGS if name.endswith(ending) and len(name) > len(ending)), None)
+
+
+def stem_of(path: Path | str) -> str:
+    """The file name without folder and image ending."""
+    name = os.path.basename(str(path))
+    ending = ending_of(name)
+    return name[: -len(ending)] if ending else name
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the voxels of an image lie in the world, as ITK has it (millimetres, LPS).
+
+    shape: voxels, (z, y, x) or (y, x). The others count x first, as ITK: origin of the first voxel's centre, spacing,
+    direction as a matrix whose columns are the axes.
+    """
+
+    shape: tuple[int, ...]
+    origin: tuple[float, ...]
+    spacing: tuple[float, ...]
+    direction: np.ndarray
+
+    def to_voxels(self, points: np.ndarray) -> np.ndarray:
+        """World points (N, D), x first, LPS, mm, as continuous voxel indices (N, D) in array order (centres)."""
+        matrix = np.asarray(self.direction, np.float64) * np.asarray(self.spacing, np.float64)
+        offset = np.atleast_2d(np.asarray(points, np.float64)) - np.asarray(self.origin, np.float64)
+        return np.linalg.solve(matrix, offset.T).T[:, ::-1]
+
+
+class ImageFolder:
+    """The images that annotations may name: those of one folder and its subfolders, and nothing outside of it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._files: list[Path] | None = None
+        self._by_name: dict[str, list[Path]] = {}
+        self._by_stem: dict[str, list[Path]] = {}
+
+    def files(self) -> list[Path]:
+        """Every image file, sorted by path; hidden files and folders are passed over.
+
+        Raises:
+            AnnotationError: more than a million files.
+        """
+        if self._files is None:
+            files: list[Path] = []
+            for path in self._walk():
+                if len(files) >= MAX_FILES:
+                    raise AnnotationError(f"{self.root} holds more than {MAX_FILES} images. Name a smaller folder.")
+                files.append(path)
+            self._files = sorted(files)
+            for path in self._files:
+                self._by_name.setdefault(path.name.lower(), []).append(path)
+                self._by_stem.setdefault(stem_of(path).lower(), []).append(path)
+        return self._files
+
+    def _walk(self) -> Iterator[Path]:
+        real_root = os.path.realpath(self.root)
+        for folder, below, names in os.walk(self.root):
+            below[:] = sorted(b for b in below if not b.startswith("."))
+            for name in names:
+                path = Path(folder) / name
+                if name.startswith(".") or ending_of(name) is None or not path.is_file():
+                    continue
+                if path.is_symlink() and os.path.commonpath([os.path.realpath(path), real_root]) != real_root:
+                    continue
+                yield path
+
+    def find(self, name: str, source: str | os.PathLike[str], entry: str = "", near: Path | None = None) -> Path:
+        """The image that an annotation file calls `name`.
+
+        Tried in this order: the path below `near` (a folder below the root) and below the root; the path's last parts
+        in any subfolder; a file of that stem with another image ending (tools annotate a JPEG of a TIFF). An absolute
+        path or one with ".." counts by its last parts only: tools write down where the file lay on the annotator's
+        computer.
+
+        Raises:
+            AnnotationError: no such image, or several.
+        """
+        self.files()
+        parts = [part for part in str(name).replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        if not parts or "\0" in name:
+            raise AnnotationError(f"{_where(source, entry)}expected the file name of an image, but got {name[:100]!r}.")
+        if parts == [p for p in str(name).split("/") if p != "."]:
+            for folder in (near, self.root):
+                if folder is not None and folder.joinpath(*parts) in self._by_name.get(parts[-1].lower(), ()):
+                    return folder.joinpath(*parts)
+        last = parts[-1]
+        found = self._by_name.get(last.lower(), [])
+        exact = [path for path in found if path.name == last]
+        found = exact or found or self._by_stem.get(stem_of(last).lower(), [])
+        if len(found) > 1 and near is not None and len(parts) == 1:
+            found = [path for path in found if path.parent == near] or found
+        if len(found) > 1:  # the folders it names decide
+            for count in range(1, len(parts)):
+                narrower = [
+                    p
+                    for p in found
+                    if [q.lower() for q in p.parts[-1 - count : -1]] == [q.lower() for q in parts[-1 - count : -1]]
+                ]
+                if not narrower:
+                    break
+                found = narrower
+        if not found:
+            raise AnnotationError(
+                f"{_where(source, entry)}there is no image {name[:200]!r} in {self.root}. "
+                "Name the folder of the images: --images DIR."
+            )
+        if len(found) > 1:
+            shown = ", ".join(str(p.relative_to(self.root)) for p in found[:4])
+            raise AnnotationError(
+                f"{_where(source, entry)}the image {name[:200]!r} may be any of {shown}. Name a folder that holds one."
+            )
+        return found[0]
+
+    def shape(self, path: Path) -> tuple[int, ...]:
+        """Spatial shape of an image, (y, x) or (z, y, x), from its header."""
+        from nnunet_dsp.dataset_conversion.image_store import probe
+
+        return probe(path).shape
+
+    def read_geometry(self, path: Path) -> Geometry:
+        """Shape and place of an image in the world, from its header, by SimpleITK.
+
+        Raises:
+            AnnotationError: the file cannot be read.
+        """
+        import SimpleITK
+
+        reader = SimpleITK.ImageFileReader()
+        reader.SetFileName(str(path))
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1][:300]
+            raise AnnotationError(f"{path}: the image cannot be read: {reason}") from None
+        size = reader.GetSize()
+        dim = len(size)
+        return Geometry(
+            tuple(int(s) for s in size[::-1]),
+            tuple(reader.GetOrigin()),
+            tuple(reader.GetSpacing()),
+            np.asarray(reader.GetDirection(), np.float64).reshape(dim, dim),
+        )
+
+
+def _where(source: str | os.PathLike[str], entry: str) -> str:
+    return f"{source}: {entry}: " if entry else f"{source}: "
