@@ -6,6 +6,7 @@ Pure torch: the head knows nothing of annotations, losses or nnU-Net beyond the 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,143 @@ _CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _SMALLEST_NORM = 1e-6
 """Embeddings shorter than this are divided by this instead: their direction is noise and its gradient unbounded."""
+
+
+class _ChannelMixing(torch.autograd.Function):
+    """The whole head, block by block, keeping nothing between the passes but its input.
+
+    Everything in the head mixes channels of one voxel, except BatchNorm's two numbers a channel. Folded into the first
+    convolution, those leave a chain that can be taken for a block of voxels at a time, in memory that stays small;
+    the backward pass takes it again, which costs less than fetching what it would have kept.
+
+    forward(features (B, F, V), mean (F,), reciprocal (F,) of the standard deviation, gamma (F,), beta (F,),
+    first (E, F), first_bias (E,), second (E, E), second_bias (E,), prototypes (C, E), slope, training) returns the
+    logits (B, C, V), at least float32. `training`: mean and deviation are those of `features`, so the gradient runs
+    through them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        mean: Tensor,
+        reciprocal: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        first: Tensor,
+        first_bias: Tensor,
+        second: Tensor,
+        second_bias: Tensor,
+        prototypes: Tensor,
+        slope: float,
+        training: bool,
+    ) -> Tensor:
+        weight, bias = _folded(mean, reciprocal, gamma, beta, first, first_bias)
+        wide = prototypes.dtype if features.dtype != torch.float64 else torch.float64
+        prototypes = prototypes.to(wide)
+        logits = features.new_empty((features.shape[0], prototypes.shape[0], features.shape[2]), dtype=wide)
+        length = features.new_empty((features.shape[0], features.shape[2]), dtype=wide)
+        for item, voxels in _voxel_blocks(features, second.shape[0]):
+            _, embeddings = _embed(features[item, :, voxels], weight, bias, second, second_bias, slope)
+            embeddings = embeddings.to(wide)
+            torch.sum(embeddings.square(), 0, out=length[item, voxels])
+            length[item, voxels].sqrt_()
+            torch.mm(prototypes, embeddings, out=logits[item, :, voxels])
+        logits /= length.clamp_min(_SMALLEST_NORM)[:, None]
+        ctx.save_for_backward(
+            features, mean, reciprocal, gamma, beta, first, first_bias, second, second_bias, prototypes, length
+        )
+        ctx.slope, ctx.training = slope, training
+        return logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, by_logits: Tensor) -> tuple[Tensor | None, ...]:
+        (
+            features, mean, reciprocal, gamma, beta, first, first_bias, second, second_bias, prototypes, lengths
+        ) = ctx.saved_tensors  # fmt: skip
+        weight, bias = _folded(mean, reciprocal, gamma, beta, first, first_bias)
+        wide, narrow = by_logits.dtype, features.dtype
+        by_features = torch.empty_like(features)
+        by_weight, by_bias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)
+        by_second, by_second_bias = torch.zeros_like(second, dtype=wide), torch.zeros_like(second_bias, dtype=wide)
+        by_prototypes = torch.zeros_like(prototypes)
+        for item, voxels in _voxel_blocks(features, second.shape[0]):
+            block = features[item, :, voxels]
+            hidden, embeddings = _embed(block, weight, bias, second, second_bias, ctx.slope)
+            embeddings = embeddings.to(wide)
+            length = lengths[item, voxels].clamp_min(_SMALLEST_NORM)
+            by_similarity = by_logits[item, :, voxels] / length
+            by_prototypes += by_similarity @ embeddings.T
+            by_embeddings = prototypes.T @ by_similarity
+            # logits = s / |e|: the part along e, which lengthens it, is taken away; too short ones were not divided
+            along = (by_embeddings * embeddings).sum(0).div_(length.square())
+            along.mul_(lengths[item, voxels] >= _SMALLEST_NORM)
+            by_embeddings.addcmul_(embeddings, along, value=-1)
+            by_second_bias += by_embeddings.sum(1)
+            by_embeddings = by_embeddings.to(narrow)
+            by_second += (by_embeddings @ hidden.T).to(wide)
+            by_hidden = second.to(narrow).T @ by_embeddings
+            by_hidden = torch.ops.aten.leaky_relu_backward(by_hidden, hidden, ctx.slope, True)
+            by_bias += by_hidden.sum(1, dtype=wide)
+            by_weight += (by_hidden @ block.T).to(wide)
+            torch.mm(weight.to(narrow).T, by_hidden, out=by_features[item, :, voxels])
+        # From the folded convolution back to BatchNorm and the convolution.
+        first = first.to(wide)
+        mean, reciprocal = mean.to(wide), reciprocal.to(wide)
+        scale = gamma.to(wide) * reciprocal
+        through = first.T @ by_bias
+        by_first = by_weight * scale + by_bias[:, None] * (beta.to(wide) - mean * scale)
+        by_scale = (by_weight * first).sum(0) - through * mean
+        if ctx.training:
+            count = features.shape[0] * features.shape[2]
+            by_mean = -scale * through / count
+            by_variance = -0.5 * reciprocal**3 * by_scale * gamma.to(wide) / count
+            slope = (2 * by_variance).to(narrow)[:, None]
+            offset = (by_mean - 2 * by_variance * mean).to(narrow)[:, None]
+            for item, voxels in _voxel_blocks(features, second.shape[0]):
+                by_features[item, :, voxels].add_(offset).addcmul_(features[item, :, voxels], slope)
+        return (
+            by_features,
+            None,
+            None,
+            (by_scale * reciprocal).to(gamma.dtype),
+            through.to(beta.dtype),
+            by_first.to(ctx.saved_tensors[5].dtype),
+            by_bias.to(first_bias.dtype),
+            by_second.to(second.dtype),
+            by_second_bias.to(second_bias.dtype),
+            by_prototypes,
+            None,
+            None,
+        )
+
+
+def _folded(
+    mean: Tensor, reciprocal: Tensor, gamma: Tensor, beta: Tensor, first: Tensor, first_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """BatchNorm and the convolution after it as one: weight (E, F), bias (E,)."""
+    scale = gamma * reciprocal.to(gamma.dtype)
+    return first * scale, first_bias + first @ (beta - mean.to(gamma.dtype) * scale)
+
+
+def _embed(
+    block: Tensor, weight: Tensor, bias: Tensor, second: Tensor, second_bias: Tensor, slope: float
+) -> tuple[Tensor, Tensor]:
+    """Hidden values after the LeakyReLU and embeddings, both (E, V), of a block (F, V), in the block's type."""
+    dtype = block.dtype
+    hidden = torch.addmm(bias.to(dtype)[:, None], weight.to(dtype), block)
+    hidden = F.leaky_relu_(hidden, slope)
+    return hidden, torch.addmm(second_bias.to(dtype)[:, None], second.to(dtype), hidden)
+
+
+def _voxel_blocks(features: Tensor, channels: int) -> list[tuple[int, slice]]:
+    """Item and voxels of each block; on a CPU small enough for its cache, elsewhere an item at a time."""
+    voxels = features.shape[2]
+    step = max(1, 2**20 // channels) if features.device.type == "cpu" else max(1, voxels)
+    return [
+        (item, slice(start, start + step)) for item in range(features.shape[0]) for start in range(0, voxels, step)
+    ]
 
 
 class PrototypeHead(nn.Module):
@@ -127,6 +265,10 @@ class PrototypeHead(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             return F.normalize(_at_least_float32(embeddings), dim=1, eps=_SMALLEST_NORM)
 
+    def _in_blocks(self) -> bool:
+        """Whether _ChannelMixing may do it: only SyncBatchNorm, whose statistics span processes, needs the modules."""
+        return type(self.transform[0]) is _BATCH_NORM[self.dim]
+
     def forward(self, features: Tensor) -> Tensor:
         """Logits.
 
@@ -137,11 +279,55 @@ class PrototypeHead(nn.Module):
             Shape (B, num_classes, *spatial), float32 (float64 for float64 features and parameters), within
             +-1 / temperature. Normalisation and similarity are computed in that type under autocast, too.
         """
+        if not self._in_blocks():
+            return self._forward_by_modules(features)
+        device = features.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+        norm, first, _, second = self.transform
+        with torch.autocast(device, enabled=False):
+            features = features.to(dtype)
+            mean, reciprocal = self._statistics(features)
+            logits: Tensor = _ChannelMixing.apply(
+                features.reshape(*features.shape[:2], -1),
+                mean,
+                reciprocal,
+                norm.weight,
+                norm.bias,
+                first.weight.flatten(1),
+                first.bias,
+                second.weight.flatten(1),
+                second.bias,
+                self._mean_prototypes(),
+                self.negative_slope,
+                norm.training,
+            )
+        return logits.view(features.shape[0], self.out_channels, *features.shape[2:])
+
+    def _mean_prototypes(self) -> Tensor:
+        """(num_classes, embedding_channels): the mean of each class's normalised prototypes, over the temperature."""
+        return F.normalize(_at_least_float32(self.prototypes), dim=-1).mean(1) / self.temperature
+
+    def _statistics(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and reciprocal standard deviation of each channel as BatchNorm takes them; keeps its running ones."""
+        norm: Any = self.transform[0]
+        if not norm.training:
+            return norm.running_mean, (norm.running_var + norm.eps).rsqrt()
+        with torch.no_grad():
+            axes = [0, *range(2, features.ndim)]
+            variance, mean = (_at_least_float32(t) for t in torch.var_mean(features, axes, correction=0))
+            count = features.numel() // features.shape[1]
+            norm.num_batches_tracked += 1
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            unbiased = variance * (count / max(1, count - 1))
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+            return mean, (variance + norm.eps).rsqrt()
+
+    def _forward_by_modules(self, features: Tensor) -> Tensor:
         embeddings = self.transform(features)
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = _at_least_float32(embeddings)
-            prototypes = F.normalize(_at_least_float32(self.prototypes), dim=-1).mean(1) / self.temperature
-            weight = prototypes.reshape(*prototypes.shape, *(1,) * self.dim)
+            weight = self._mean_prototypes()
+            weight = weight.reshape(*weight.shape, *(1,) * self.dim)
             convolve = F.conv2d if self.dim == 2 else F.conv3d
             similarity = convolve(embeddings, weight.to(embeddings.dtype))
             length = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp_min(_SMALLEST_NORM)

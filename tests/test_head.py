@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nnunet_dsp import head as head_module
 from nnunet_dsp.head import PrototypeHead, replace_last_layer
 
 FEATURES = {2: (6, 7), 3: (3, 4, 5)}
@@ -196,3 +199,81 @@ def test_other_networks_are_refused_with_their_name_and_what_to_do():
 def test_impossible_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         PrototypeHead(**{"in_channels": 4, "num_classes": 3, "dim": 2} | options)
+
+
+def _outputs_and_gradients(head, forward, features):
+    features = features.detach().clone().requires_grad_()
+    head.zero_grad(set_to_none=True)
+    logits = forward(features)
+    weights = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view_as(logits)
+    (logits * weights).sum().backward()
+    found = {"logits": logits.detach(), "features": features.grad}
+    found |= {name: p.grad.clone() for name, p in head.named_parameters()}
+    return found | {name: b.clone() for name, b in head.named_buffers()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(5, 7), (3, 4, 5)])
+def test_block_by_block_is_the_head_module_by_module(shape, training, monkeypatch):
+    torch.manual_seed(0)
+    head = PrototypeHead(3, 4, dim=len(shape), embedding_channels=6, learn_temperature=True).double().train(training)
+    norm = head.transform[0]
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 2.0, -1.0]))
+        norm.bias.copy_(torch.tensor([0.3, -0.2, 0.1]))
+        norm.running_mean.copy_(torch.tensor([0.1, 0.2, -0.3]))
+        norm.running_var.copy_(torch.tensor([0.5, 1.5, 2.5]))
+        for convolution in (head.transform[1], head.transform[3]):
+            convolution.bias.normal_()
+    twin = copy.deepcopy(head)
+    features = torch.randn(2, 3, *shape, dtype=torch.float64) * 2 + 1
+    monkeypatch.setattr(head_module, "_voxel_blocks", lambda f, c: [
+        (item, slice(start, start + 11)) for item in range(len(f)) for start in range(0, f.shape[2], 11)
+    ])
+    ours = _outputs_and_gradients(head, head, features)
+    expected = _outputs_and_gradients(twin, twin._forward_by_modules, features)
+    assert list(ours) == list(expected)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_head_keeps_nothing_between_the_passes_but_its_input():
+    head = PrototypeHead(4, 3, dim=2, embedding_channels=32)
+    features = torch.randn(1, 4, 16, 16, requires_grad=True)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        head(features)
+    assert max(sizes) == features.numel()
+
+
+def test_embeddings_without_length_give_finite_gradients():
+    head = PrototypeHead(2, 3, dim=2, embedding_channels=4)
+    with torch.no_grad():
+        for convolution in (head.transform[1], head.transform[3]):
+            convolution.weight.zero_()
+            convolution.bias.zero_()
+    features = torch.randn(1, 2, 4, 4, requires_grad=True)
+    head(features).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters())
+    assert torch.isfinite(features.grad).all()
+
+
+def test_under_autocast_gradients_are_close_to_those_in_full_precision():
+    torch.manual_seed(0)
+    head = PrototypeHead(8, 3, dim=2)
+    features = torch.randn(2, 8, 12, 12)
+    expected = _outputs_and_gradients(head, head, features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = _outputs_and_gradients(head, head, features)
+    assert ours["logits"].dtype == torch.float32
+    for name in ("logits", "features", "prototypes"):
+        assert (ours[name] - expected[name]).norm() < 0.05 * expected[name].norm(), name
+
+
+def test_a_synchronised_batch_norm_takes_the_modules_way():
+    head = PrototypeHead(3, 2, dim=2)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(head))
+    assert head._in_blocks()
+    assert not synchronised._in_blocks()
+    features = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(head.eval()(features), synchronised.eval()(features))
