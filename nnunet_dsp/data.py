@@ -32,7 +32,7 @@ def mask_components(target: npt.NDArray[np.integer[Any]], ignore_label: int | No
     classes = (target + 1).astype(np.uint16)
     if ignore_label is not None:
         classes[target == ignore_label] = 0
-    ids = cc3d.connected_components(classes, connectivity=4 if classes.ndim == 2 else 6)
+    ids = cc3d.connected_components(classes, connectivity=4 if classes.ndim == 2 else 6, out_dtype=np.uint32)
     return np.asarray(ids, dtype=np.uint32)
 
 
@@ -236,9 +236,11 @@ class DSPDataLoader(nnUNetDataLoader):
         for item, ids in enumerate(self._components):
             if ids is None:
                 continue
-            numbers = torch.from_numpy(ids.astype(np.int32))
+            numbers = ids.view(np.int32)
             highest = int(ids.max(initial=0))
-            joined[item] = torch.where(numbers > 0, numbers + count, 0)
+            if count:
+                numbers = np.add(numbers, count, out=numbers.copy(), where=numbers > 0)
+            joined[item] = torch.from_numpy(numbers)
             count += highest
         return joined, count
 

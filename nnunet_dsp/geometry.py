@@ -359,33 +359,42 @@ class PatchMap:
         axes = self._axes
         if axes is None or not self._trusted_everywhere:
             return None
-        thickness = np.maximum(1.0, self.step)
         extent = span[1] - span[0]
-        number = np.maximum(1, np.floor(extent / thickness + 1e-6)).astype(np.int64)
-        low, high = _inner_corners(span[None])
-        spans_axis = [self._shows(d, low[:, d], high[:, d])[0] for d in range(self.dim)]
+        number = np.maximum(1, (extent / self._thickness + 1e-6).astype(np.int64)).tolist()
+        shown = [True] * self.dim
+        if not complete:
+            low, high = _inner_corners(span[None])
+            shown = [bool(self._shows(d, low[:, d], high[:, d])[0]) for d in range(self.dim)]
+        lines: list[IntArray] = []
         index: list[IntArray] = [np.zeros(0, np.int64)] * self.dim
-        number_of: list[IntArray] = [np.zeros(0, np.int64)] * self.dim
         count = 0
-        for d, (line, axis) in enumerate(zip(self._straight_lines, axes, strict=True)):
+        for d, line in enumerate(self._straight_lines):
             inside = np.flatnonzero((line >= span[0, d] - 1e-3) & (line < span[1, d] - 1e-3))
-            bins = ((line[inside] - span[0, d] + 1e-3) / extent[d] * number[d]).astype(np.int64).clip(0, number[d] - 1)
+            bins = ((line[inside] - (span[0, d] - 1e-3)) * (number[d] / extent[d])).astype(np.int64)
+            np.minimum(bins, number[d] - 1, out=bins)
             kept = np.zeros(number[d], np.bool_)
             kept[bins] = True
             if not complete:
                 edges = span[0, d] + extent[d] * np.arange(number[d] + 1) / number[d]
                 middle = (edges[:-1] + edges[1:]) / 2
                 kept &= self._shows(d, np.minimum(edges[:-1] + 0.5, middle), np.maximum(edges[1:] - 0.5, middle))
-                kept &= all(shown for e, shown in enumerate(spans_axis) if e != d)
-            numbers = np.full(number[d], -1, np.int64)
-            numbers[kept] = count + np.arange(kept.sum())
-            count += int(kept.sum())
-            index[axis], number_of[d] = inside, numbers[bins]
-        flat = np.ravel_multi_index(np.ix_(*index), tuple(self.shape)).reshape(-1).astype(np.int64)
-        lines = np.empty((*(len(i) for i in index), self.dim), np.int64)
+                kept &= all(shown[e] for e in range(self.dim) if e != d)
+            numbers = np.where(kept, count - 1 + np.cumsum(kept), -1)
+            count += int(np.count_nonzero(kept))
+            index[axes[d]] = inside
+            lines.append(numbers[bins])
+        flat = index[0]
+        for axis in range(1, self.dim):
+            flat = flat[..., None] * self.shape[axis] + index[axis]
+        numbered = np.empty((*flat.shape, self.dim), np.int64)
         for d, axis in enumerate(axes):
-            lines[..., d] = number_of[d].reshape([-1 if a == axis else 1 for a in range(self.dim)])
-        return flat, lines.reshape(-1, self.dim), count
+            numbered[..., d] = lines[d].reshape([-1 if a == axis else 1 for a in range(self.dim)])
+        return flat.reshape(-1), numbered.reshape(-1, self.dim), count
+
+    @cached_property
+    def _thickness(self) -> FloatArray:
+        """(dim,) of a box's lines, in case voxels; see box_lines()."""
+        return np.maximum(1.0, self.step)
 
     @cached_property
     def _straight_lines(self) -> list[FloatArray]:

@@ -89,9 +89,13 @@ def dsp_losses(
                 scores, annotations, target=target, components=components, ignore_label=ignore_label, eps=eps
             )
             return DSPLosses(*terms)
+        classes, shape = logits.shape[1], logits.shape[2:]
+        box_index = class_index_of_boxes(annotations, classes, logits[0, 0].numel())
         if allowed is None:
-            allowed = allowed_classes(annotations, target, logits.shape[1], logits.shape[2:], ignore_label)
-        return _default_losses(scores, annotations, target, components, allowed, ignore_label, eps, num_components)
+            allowed = allowed_classes(annotations, target, classes, shape, ignore_label, box_index=box_index)
+        return _default_losses(
+            scores, annotations, target, components, allowed, ignore_label, eps, num_components, box_index
+        )
 
 
 def _check_arguments(
@@ -268,6 +272,7 @@ def _default_losses(
     ignore_label: int | None,
     eps: float,
     num_components: int | None,
+    box_index: Tensor,
 ) -> DSPLosses:
     batch_size, num_classes = logits.shape[:2]
     rows = (batch_size, num_classes, -1, logits.shape[-1])
@@ -294,7 +299,7 @@ def _default_losses(
         logits.contiguous().view(rows),
         allowed.contiguous().view(rows),
         valid,
-        class_index_of_boxes(annotations, num_classes, num_voxels),
+        box_index,
         line,
         num_lines,
         flat_class_index(annotations.points[:, None], every_class, num_classes, num_voxels).view(-1),

@@ -66,6 +66,8 @@ def allowed_classes(
     num_classes: int,
     spatial_shape: Sequence[int],
     ignore_label: int | None = None,
+    *,
+    box_index: Tensor | None = None,
 ) -> Tensor:
     """The classes each voxel may still have, given everything that was annotated.
 
@@ -81,6 +83,7 @@ def allowed_classes(
         num_classes: C.
         spatial_shape: S.
         ignore_label: see `target`; values outside [0, C) count as unannotated, too.
+        box_index: class_index_of_boxes() of these annotations, if it is at hand.
 
     Returns:
         (B, C, *S) bool, at least one True for each voxel.
@@ -96,7 +99,7 @@ def allowed_classes(
     line = allowed.view(-1)
     if annotations.box_voxels.shape[0] > 0:
         # Boxes of classes that are not complete write what stands there already.
-        index = class_index_of_boxes(annotations, num_classes, num_voxels)
+        index = class_index_of_boxes(annotations, num_classes, num_voxels) if box_index is None else box_index
         of_box = possible[annotations.box_item, annotations.box_class]
         line.scatter_(0, index, of_box.index_select(0, annotations.box_of_voxel))
     if annotations.partial.numel() > 0:
@@ -167,8 +170,7 @@ def filter_probabilities(logits: Tensor, allowed: Tensor) -> Tensor:
     scores, within = scores.reshape(shape), allowed.reshape(shape)
     result = torch.empty_like(scores)
     for rows in row_blocks(scores):
-        inside = torch.where(within[:, :, rows], scores[:, :, rows], -torch.inf)
-        torch.softmax(inside, 1, out=result[:, :, rows])
+        result[:, :, rows] = torch.where(within[:, :, rows], scores[:, :, rows], -torch.inf).softmax(1)
     return result.view(logits.shape)
 
 
