@@ -22,6 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import distributed as dist
 from torch import nn
 
+from nnunet_dsp.annotation_cache import CACHE_FOLDER
 from nnunet_dsp.annotations import LabelNames
 from nnunet_dsp.batch import AnnotationBatch
 from nnunet_dsp.combined_loss import TERMS, BatchKnowledge, CombinedLoss
@@ -129,9 +130,13 @@ class nnUNetTrainerDSP(nnUNetTrainer):
             dataset_class = self.dataset_class or infer_dataset_class(folder)
             everyone = sorted(dataset_class.get_identifiers(folder))
             key = (-1, *self.label_manager.all_labels)
-            self._weak_cases_of[folder] = find_weak_cases(Path(folder), everyone, key)
+            cache = self._cache_file(f"{Path(folder).name}.weak.json")
+            self._weak_cases_of[folder] = find_weak_cases(Path(folder), everyone, key, cache)
         weak = set(self._weak_cases_of[folder])
         return [case for case in cases if case in weak]
+
+    def _cache_file(self, name: str) -> Path:
+        return Path(self.preprocessed_dataset_folder_base) / CACHE_FOLDER / name
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split, but weak cases train in every fold and validate in none.
@@ -201,8 +206,11 @@ class nnUNetTrainerDSP(nnUNetTrainer):
         reader = self.plans_manager.image_reader_writer_class()
         weak = set(self._weak_cases(list(dataset.identifiers)))
 
+        def mask_file(case: str) -> Path:
+            return base / "gt_segmentations" / (case + self.dataset_json["file_ending"])
+
         def read_mask(case: str) -> npt.NDArray[Any] | None:
-            file = base / "gt_segmentations" / (case + self.dataset_json["file_ending"])
+            file = mask_file(case)
             return None if case in weak or not file.is_file() else reader.read_seg(str(file))[0][0]
 
         annotations = load_case_annotations(
@@ -214,6 +222,8 @@ class nnUNetTrainerDSP(nnUNetTrainer):
             LabelNames.from_dataset_json(self.dataset_json),
             self.plans_manager.transpose_forward,
             read_mask,
+            mask_file=mask_file,
+            cache_file=self._cache_file(f"{Path(self.preprocessed_dataset_folder).name}.annotations.npz"),
         )
         both = sum(case not in weak for case in annotations)
         self.print_to_log_file(
