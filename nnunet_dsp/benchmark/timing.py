@@ -39,7 +39,8 @@ class Row:
         ratio: of the compared quantity to the baseline's.
         limit: the ratio it must not exceed (or, for `at_least`, fall below); None where there is none.
         at_least: the ratio is a rate and must not be smaller.
-        quantity: what `ratio` compares: "time", "memory", "rate" or "time per class".
+        quantity: what `ratio` compares: "time", "memory", "rate" or "time per class"; "seconds": the limit is one of
+            `median_s` itself.
     """
 
     name: str
@@ -55,7 +56,11 @@ class Row:
     @property
     def within_limit(self) -> bool | None:
         """Whether the limit holds; None where there is none."""
-        if self.limit is None or self.ratio is None:
+        if self.limit is None:
+            return None
+        if self.quantity == "seconds":
+            return self.median_s is not None and self.median_s <= self.limit
+        if self.ratio is None:
             return None
         return self.ratio >= self.limit if self.at_least else self.ratio <= self.limit
 
