@@ -51,7 +51,7 @@ class BuildFromScratch(build_py):
 setup(
     packages=packages(),
     package_dir=FOLDER_OF_PACKAGE,
-    package_data={"nnunet_dsp": ["py.typed", "schemas/*.json"]},
+    package_data={"nnunet_dsp": ["py.typed", "schemas/*.json", "report/*.j2", "report/*.css", "report/*.js"]},
     include_package_data=False,
     cmdclass={"build_py": BuildFromScratch},
     **licence(),

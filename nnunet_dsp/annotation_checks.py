@@ -6,7 +6,7 @@ Reading and writing belong to annotations.py, which re-exports what is public he
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,23 @@ _AXES = {2: "(y, x)", 3: "(z, y, x)"}
 _AXES_REVERSED = {2: "(x, y)", 3: "(x, y, z)"}
 _SENTENCES_PER_KIND = 10
 _CHUNK = 1 << 22
+
+
+class Contradiction(NamedTuple):
+    """One thing that cannot be right, and where in the annotations it stands.
+
+    Attributes:
+        kind: "tag", "point", "box", "complete" or "mask": what to look at first.
+        text: one sentence or two, without the file's name.
+        label: the class it is about, where it is about one.
+        points: numbers of the points concerned; boxes: of the boxes.
+    """
+
+    kind: str
+    text: str
+    label: str | None = None
+    points: tuple[int, ...] = ()
+    boxes: tuple[int, ...] = ()
 
 
 def show_position(values: Sequence[float]) -> str:
@@ -133,27 +150,34 @@ def check_positions(annotations: Annotations, shape: Sequence[int] | None, sourc
 
 def absent_problems(annotations: Annotations) -> Iterator[str]:
     """What contradicts the `absent` list of the same file, one sentence each."""
+    return (problem.text for problem in _against_absent(annotations))
+
+
+def _against_absent(annotations: Annotations) -> Iterator[Contradiction]:
     absent = set(annotations.absent)
     if not absent:
         return
     for label in annotations.present:
         if label in absent:
-            yield (
+            text = (
                 f"{label!r} is listed as present and as absent in image_level. "
                 "Keep one of the two, or neither if it is not known."
             )
+            yield Contradiction("tag", text, label)
     for index, point in enumerate(annotations.points):
         if point.label in absent:
-            yield (
+            text = (
                 f"points[{index}] marks {point.label!r}, which image_level lists as absent. "
                 "Remove the point, or the class from image_level.absent."
             )
+            yield Contradiction("tag", text, point.label, points=(index,))
     for index, box in enumerate(annotations.boxes):
         if box.label in absent:
-            yield (
+            text = (
                 f"boxes[{index}] marks {box.label!r}, which image_level lists as absent. "
                 "Remove the box, or the class from image_level.absent."
             )
+            yield Contradiction("tag", text, box.label, boxes=(index,))
 
 
 def find_contradictions(
@@ -182,26 +206,38 @@ def find_contradictions(
     Raises:
         AnnotationError: annotations that do not fit the mask's shape, or a mask that is no label map.
     """
+    sentences = []
+    for group in locate_contradictions(annotations, mask, source=source, labels=labels, ignore_label=ignore_label):
+        shown = group if len(group) <= _SENTENCES_PER_KIND else group[: _SENTENCES_PER_KIND - 1]
+        sentences += [f"{source}: {problem.text}" for problem in shown]
+        if len(shown) < len(group):
+            sentences.append(f"{source}: and {len(group) - len(shown)} more of the same kind.")
+    return sentences
+
+
+def locate_contradictions(
+    annotations: Annotations,
+    mask: npt.NDArray[np.generic] | None,
+    *,
+    source: str,
+    labels: LabelNames,
+    ignore_label: int | None = None,
+) -> list[list[Contradiction]]:
+    """As find_contradictions(), which says more: all of them, a list for each kind, with the entries they are about."""
     if mask is not None:
         check_against_image(annotations, mask.shape, source=source, labels=labels)
     groups = list(_contradictions_within(annotations))
     if mask is not None:
         ignore = labels.ignore_label if ignore_label is None else ignore_label
         groups.extend(_contradictions_with_mask(annotations, mask, labels, ignore, source))
-    sentences = []
-    for group in groups:
-        shown = group if len(group) <= _SENTENCES_PER_KIND else group[: _SENTENCES_PER_KIND - 1]
-        sentences += [f"{source}: {sentence}" for sentence in shown]
-        if len(shown) < len(group):
-            sentences.append(f"{source}: and {len(group) - len(shown)} more of the same kind.")
-    return sentences
+    return [group for group in groups if group]
 
 
-def _contradictions_within(annotations: Annotations) -> Iterator[list[str]]:
+def _contradictions_within(annotations: Annotations) -> Iterator[list[Contradiction]]:
     """Contradictions between the entries of one file, a list for each kind."""
-    yield list(absent_problems(annotations))
+    yield list(_against_absent(annotations))
 
-    voxels = _point_voxels(annotations)
+    voxels = point_voxels(annotations)
     axes = len(annotations.points[0].at) if annotations.points else 0
     first_at: dict[tuple[int, ...], int] = {}
     group = []
@@ -209,54 +245,59 @@ def _contradictions_within(annotations: Annotations) -> Iterator[list[str]]:
         other = first_at.setdefault(voxel, index)
         label, other_label = annotations.points[index].label, annotations.points[other].label
         if label != other_label:
-            group.append(
+            text = (
                 f"points[{other}] and points[{index}] mark the voxel {show_position(voxel[-axes:])} as "
                 f"{other_label!r} and as {label!r}. Remove one of them."
             )
+            group.append(Contradiction("point", text, label, points=(other, index)))
     yield group
 
     point_label = np.array([point.label for point in annotations.points], dtype=object)
     box_label = np.array([box.label for box in annotations.boxes], dtype=object)
-    start, stop = _box_voxels(annotations)
+    start, stop = box_voxels(annotations)
 
     group = []
     for label in annotations.complete_boxes:
         own = np.flatnonzero(box_label == label)
         if own.size == 0 and label in annotations.present:
-            group.append(
+            text = (
                 f"complete.boxes says that every object of {label!r} has a box, and there is none, but image_level "
                 f"lists it as present. Add the boxes or take {label!r} out of complete.boxes."
             )
+            group.append(Contradiction("complete", text, label))
         for index in np.flatnonzero(point_label == label).tolist():
             inside = (voxels[index] >= start[own]) & (voxels[index] < stop[own])
             if not inside.all(axis=1).any():
-                group.append(
+                text = (
                     f"points[{index}] marks {label!r} outside every box of {label!r}, but complete.boxes says that "
                     f"every object has one. Add its box or take {label!r} out of complete.boxes."
                 )
+                group.append(Contradiction("complete", text, label, points=(index,)))
     yield group
 
     group = []
     for label in annotations.complete_points:
         own = np.flatnonzero(point_label == label)
         if own.size == 0 and label in annotations.present:
-            group.append(
+            text = (
                 f"complete.points says that every object of {label!r} has a point, and there is none, but image_level "
                 f"lists it as present. Add the points or take {label!r} out of complete.points."
             )
+            group.append(Contradiction("complete", text, label))
         for index in np.flatnonzero(box_label == label).tolist():
             inside = (voxels[own] >= start[index]) & (voxels[own] < stop[index])
             if not inside.all(axis=1).any():
-                group.append(
+                text = (
                     f"boxes[{index}] of {label!r} holds no point of {label!r}, but complete.points says that every "
                     f"object has one. Add its point or take {label!r} out of complete.points."
                 )
+                group.append(Contradiction("complete", text, label, boxes=(index,)))
     yield group
 
 
 def _contradictions_with_mask(
     annotations: Annotations, mask: npt.NDArray[np.generic], labels: LabelNames, ignore: int | None, source: str
-) -> Iterator[list[str]]:
+) -> Iterator[list[Contradiction]]:
     """Contradictions between annotations and mask, a list for each kind. One pass over the mask, then only boxes."""
     mask = mask if mask.ndim == 3 else mask[None]
     counts = _count_values(mask, source)
@@ -270,46 +311,56 @@ def _contradictions_with_mask(
 
     unknown = sorted(set(counts) - set(name_of))
     yield [
-        f"the mask holds the value {value} ({counts[value]} voxels), which is no class of dataset.json. "
-        "Correct the mask or the labels in dataset.json."
+        Contradiction(
+            "mask",
+            f"the mask holds the value {value} ({counts[value]} voxels), which is no class of dataset.json. "
+            "Correct the mask or the labels in dataset.json.",
+        )
         for value in unknown
     ]
     yield [
-        f"the mask holds {counts[value]} voxels of {name_of[value]!r}, which mask_labels does not list. "
-        "List it, or take these voxels out of the mask."
+        Contradiction(
+            "mask",
+            f"the mask holds {counts[value]} voxels of {name_of[value]!r}, which mask_labels does not list. "
+            "List it, or take these voxels out of the mask.",
+            name_of[value],
+        )
         for value in sorted(counts)
         if value in name_of and not drawn(value)
     ]
 
-    group = []
+    group: list[Contradiction] = []
     for label in annotations.present:
         value = labels.index(label)
         hiding_places = unannotated if drawn(value) else unannotated + counts.get(0, 0)
         if counts.get(value, 0) == 0 and hiding_places == 0:
-            group.append(
+            text = (
                 f"image_level lists {label!r} as present, but the mask is complete and has no voxel of it. "
                 "Correct one of the two."
             )
+            group.append(Contradiction("tag", text, label))
     for label in annotations.absent:
         count = counts.get(labels.index(label), 0)
         if count:
-            group.append(
+            text = (
                 f"image_level lists {label!r} as absent, but the mask has {count} voxels of it. Correct one of the two."
             )
+            group.append(Contradiction("tag", text, label))
     for label in annotations.complete_points:
         count = counts.get(labels.index(label), 0)
         if count and all(point.label != label for point in annotations.points):
-            group.append(
+            text = (
                 f"complete.points says that every object of {label!r} has a point, and there is none, but the mask has "
                 f"{count} voxels of it. Add the points or take {label!r} out of complete.points."
             )
+            group.append(Contradiction("complete", text, label))
     yield group
 
     if not counts:  # nobody annotated anything
         return
     yield _points_against_mask(annotations, mask, labels, ignore, drawn, name_of)
 
-    start, stop = _box_voxels(annotations)
+    start, stop = box_voxels(annotations)
     slices = [
         tuple(slice(a, b) for a, b in zip(low, high, strict=True))
         for low, high in zip(start.tolist(), stop.tolist(), strict=True)
@@ -324,10 +375,11 @@ def _contradictions_with_mask(
             continue
         if not drawn(value) and (part == 0).any():
             continue
-        group.append(
+        text = (
             f"{_show_box(annotations, index)} holds no voxel of {box.label!r}, and the mask is complete inside it. "
             "Correct the box or the mask."
         )
+        group.append(Contradiction("box", text, box.label, boxes=(index,)))
     yield group
 
     group = []
@@ -346,10 +398,11 @@ def _contradictions_with_mask(
         for where in own:
             covered[where] = False
         if outside:
-            group.append(
+            text = (
                 f"the mask has {outside} voxels of {label!r} outside every box of {label!r}, but complete.boxes says "
                 f"that every object has one. Add or enlarge boxes, or take {label!r} out of complete.boxes."
             )
+            group.append(Contradiction("complete", text, label))
     yield group
 
 
@@ -360,8 +413,8 @@ def _points_against_mask(
     ignore: int | None,
     drawn: Callable[[int], bool],
     name_of: dict[int, str],
-) -> list[str]:
-    """Sentences about points that lie in the mask of another class."""
+) -> list[Contradiction]:
+    """About points that lie in the mask of another class."""
     if not annotations.points:
         return []
     value = np.array([labels.index(point.label) for point in annotations.points])
@@ -373,10 +426,10 @@ def _points_against_mask(
         return wrong if ignore is None else wrong & (here != ignore)
 
     size = np.array(mask.shape)
-    voxels = _point_voxels(annotations)
+    voxels = point_voxels(annotations)
     wrong = wrong_at(voxels)
-    sentences = []
-    for index in np.flatnonzero(wrong):
+    problems = []
+    for index in np.flatnonzero(wrong).tolist():
         point, found = annotations.points[index], int(mask[tuple(voxels[index])])
         sentence = (
             f"points[{index}] marks {point.label!r} at {show_position(point.at)}, where the mask has "
@@ -387,20 +440,20 @@ def _points_against_mask(
                 f" If the mask's annotator did not draw {point.label!r}, name the classes that were drawn in "
                 "mask_labels."
             )
-        sentences.append(sentence)
-    if 2 * len(sentences) > len(annotations.points):
+        problems.append(Contradiction("point", sentence, point.label, points=(index,)))
+    if 2 * len(problems) > len(annotations.points):
         axes = len(annotations.points[0].at)
         reversed_voxels = voxels[:, [0, 2, 1]] if axes == 2 else voxels[:, ::-1]
         if (reversed_voxels < size).all():
             right = int((~wrong_at(reversed_voxels)).sum())
             if 2 * right > len(annotations.points):
-                sentences.insert(
-                    0,
-                    f"{len(sentences)} of {len(annotations.points)} points lie in the mask of another class; with the "
+                sentence = (
+                    f"{len(problems)} of {len(annotations.points)} points lie in the mask of another class; with the "
                     f"axes reversed, {right} would agree with it. Coordinates are voxels in array order {_AXES[axes]}; "
-                    f"were they written as {_AXES_REVERSED[axes]}?",
+                    f"were they written as {_AXES_REVERSED[axes]}?"
                 )
-    return sentences
+                problems.insert(0, Contradiction("point", sentence, points=tuple(np.flatnonzero(wrong).tolist())))
+    return problems
 
 
 def _count_values(mask: npt.NDArray[np.generic], source: str) -> dict[int, int]:
@@ -431,7 +484,7 @@ def _count_values(mask: npt.NDArray[np.generic], source: str) -> dict[int, int]:
     return counts
 
 
-def _point_voxels(annotations: Annotations) -> npt.NDArray[np.int64]:
+def point_voxels(annotations: Annotations) -> npt.NDArray[np.int64]:
     """(P, 3) int64: the voxel each point lies in; 2D points lie in slice 0.
 
     Halfway between two voxels it is the lower one, so that size - 0.5 is still inside; -0.5 is voxel 0.
@@ -444,7 +497,7 @@ def _point_voxels(annotations: Annotations) -> npt.NDArray[np.int64]:
     return voxels
 
 
-def _box_voxels(annotations: Annotations) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def box_voxels(annotations: Annotations) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(K, 3) int64 first voxel and voxel after the last of each box; 2D boxes span slice 0."""
     start = np.zeros((len(annotations.boxes), 3), dtype=np.int64)
     stop = np.ones((len(annotations.boxes), 3), dtype=np.int64)
