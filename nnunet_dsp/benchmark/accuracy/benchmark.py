@@ -1,0 +1,477 @@
+"""The command itself: reads DIR, decides what there is to do, does it, reports."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_dsp.benchmark.accuracy import FIXED, HOW, SELECTION
+from nnunet_dsp.benchmark.accuracy.arms import (
+    Data,
+    Facts,
+    Grid,
+    Row,
+    Run,
+    make_grid,
+    parse_arm,
+    parse_custom_arm,
+    parse_setting,
+)
+from nnunet_dsp.benchmark.accuracy.cost import parse_prices
+from nnunet_dsp.benchmark.accuracy.datasets import (
+    FULL,
+    Datasets,
+    SourceFacts,
+    evaluation_files,
+    survey,
+    verify_source,
+)
+from nnunet_dsp.benchmark.accuracy.training import Training, resolved_options
+from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, write_json
+from nnunet_dsp.dataset_conversion import raw_dataset
+from nnunet_dsp.dataset_conversion.parallel import default_num_processes
+from nnunet_dsp.dataset_conversion.raw_dataset import RawDataset
+
+
+@dataclass
+class Wanted:
+    """What a call asks for: what may not change in DIR, what is selected now, and how it is done."""
+
+    fixed: dict[str, Any]
+    selection: dict[str, Any]
+    how: dict[str, Any]
+
+
+def run_benchmark(args: argparse.Namespace) -> int:
+    """`nnunet_dsp benchmark accuracy`."""
+    folder = args.output
+    stored = raw_dataset.read_json(folder / "benchmark.json") if (folder / "benchmark.json").is_file() else None
+    if stored is None and (args.run or args.report_only):
+        raise FileNotFoundError(f"{folder} holds no benchmark (no benchmark.json). Is -o right?")
+    wanted = merge(args, stored)
+    check(wanted, args)
+    parse_prices(wanted.how["cost"])
+    place = Workplace(
+        folder,
+        device=wanted.how["device"],
+        threads=wanted.how["threads"],
+        processes=wanted.how["num_processes"] or default_num_processes(),
+    )
+    if args.report_only:
+        return _report(place, wanted)
+    if not args.commands and (not args.plan or args.time):
+        refuse_missing_gpu(place.device)
+    if args.run:
+        return _one_run(place, wanted, args.run)
+    if args.plan and not args.time:
+        facts = _facts(place, wanted, with_checksums=False)[0]
+        grid = selected(wanted.selection, Facts(len(facts.training), facts.boxes_exclude(wanted.fixed)))
+        refuse_changed_defaults(place, grid)
+        return _say_plan(place, wanted, facts, grid, args)
+    place.make()
+    with place.lock("setup", f"Waiting for another process that sets {folder} up."):
+        facts, grid = _set_up(place, wanted)
+    if args.plan:
+        return _say_plan(place, wanted, facts, grid, args)
+    if args.commands:
+        _print_commands(place, grid)
+        return 0
+    failed = _train_all(place, wanted, facts, grid, args)
+    _report(place, wanted)
+    if failed:
+        print(f"\n{len(failed)} run(s) failed; start again to try them anew:", file=sys.stderr)
+        for run, error in failed.items():
+            text = str(error)
+            print("\n" + (text if text.startswith(run) else f"{run}: {text}"), file=sys.stderr)
+        return 1
+    return 0
+
+
+# --- configuration
+
+
+def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
+    """What was given now, else what DIR remembers, else the default.
+
+    Raises:
+        ValueError: something fixed differs from what DIR was begun with; the message says what.
+    """
+    if stored is not None and stored.get("format") != FORMAT:
+        raise ValueError(
+            f"{args.output / 'benchmark.json'} is of format {stored.get('format')}, and this version writes {FORMAT}. "
+            "Choose a new folder with -o."
+        )
+    fixed: dict[str, Any] = {}
+    differences = []
+    if args.dataset is not None and (stored is None or not _same_dataset(args.dataset, stored["fixed"]["dataset"])):
+        args.dataset = raw_dataset.dataset_name(args.dataset)
+    elif stored is not None:
+        args.dataset = None
+    for name, default in FIXED.items():
+        given = getattr(args, name)
+        value = default if given is None else given
+        if stored is not None:
+            value = stored["fixed"].get(name, default)
+            if given is not None and given != value:
+                differences.append(f"{_flag(name)}: {_shown(value)} there, {_shown(given)} now")
+        fixed[name] = value
+    if differences:
+        raise ValueError(
+            f"{args.output} was begun with another configuration, and its runs could not be compared with new ones:\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nLeave these options out to go on as it was begun, or choose a new folder with -o."
+        )
+    if fixed["dataset"] is None:
+        raise ValueError(f"-d is missing: which dataset? ({args.output} holds no benchmark yet.)")
+    memory = {} if stored is None else {**stored["selection"], **stored["how"]}
+
+    def remembered(defaults: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: getattr(args, name) if getattr(args, name) is not None else memory.get(name, default)
+            for name, default in defaults.items()
+        }
+
+    selection = remembered(SELECTION)
+    if args.arm is not None and stored is not None:  # arms defined earlier are still known
+        names = {text.partition("=")[0] for text in args.arm}
+        earlier = [text for text in stored["selection"]["arm"] if text.partition("=")[0] not in names]
+        selection["arm"] = [*earlier, *args.arm]
+    return Wanted(fixed, selection, remembered(HOW))
+
+
+def _same_dataset(given: str, name: str) -> bool:
+    return given == name or (given.isdigit() and f"Dataset{int(given):03d}_" == name[:11])
+
+
+def _flag(name: str) -> str:
+    return {"dataset": "-d", "configuration": "-c"}.get(name, "--" + name.replace("_", "-"))
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def check(wanted: Wanted, args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be meant."""
+    fixed, how = wanted.fixed, wanted.how
+    least = {"epochs": 1, "iterations_per_epoch": 1, "val_iterations": 1, "points_per_object": 1, "min_size": 1}
+    least |= {"loosen": 0, "split_seed": 0, "point_radius": 0, "batch_size": 1, "tolerance": 0}
+    for name, lowest in least.items():
+        if fixed[name] is not None and fixed[name] < lowest:
+            raise ValueError(f"{_flag(name)}: expected {lowest} or more, but got {fixed[name]}.")
+    if not 0 <= fixed["share"] <= 1:
+        raise ValueError(f"--share: expected a number from 0 to 1, but got {fixed['share']}.")
+    if not 0 < fixed["step_size"] <= 1:
+        raise ValueError(f"--step-size: expected a number above 0, at most 1, but got {fixed['step_size']}.")
+    if fixed["lr"] is not None and fixed["lr"] <= 0:
+        raise ValueError(f"--lr: expected a number above 0, but got {fixed['lr']}.")
+    for name in ("patch", "batch_size", "features"):
+        if fixed["plans"] != "small" and fixed[name] is not None:
+            raise ValueError(f"{_flag(name)} goes with --plans small.")
+    for name in ("patch", "features", "rectangle"):
+        if fixed[name] is not None and min(fixed[name]) < 1:
+            raise ValueError(f"{_flag(name)}: expected numbers of 1 or more, but got {_shown(fixed[name])}.")
+    for name in ("threads", "num_processes"):
+        if how[name] is not None and how[name] < 1:
+            raise ValueError(f"{_flag(name)}: expected 1 or more, but got {how[name]}.")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs: expected 1 or more, but got {args.jobs}.")
+    if any(seed < 0 for seed in wanted.selection["seeds"]):
+        raise ValueError("--seeds: expected whole numbers of 0 or more.")
+    if args.time and not args.plan:
+        raise ValueError("--time goes with --plan.")
+    for given, whats in ((args.run, "--run"), (args.report_only, "--report-only")):
+        if given and (args.plan or args.commands):
+            raise ValueError(f"{whats} goes with neither --plan nor --commands.")
+
+
+def refuse_missing_gpu(device: str) -> None:
+    """
+    Raises:
+        ValueError: this machine has no such device; nnU-Net would say so after the data has been prepared.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    there = torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()
+    if not there:
+        raise ValueError(f"--device {device}: PyTorch finds no such device here. Train with --device cpu?")
+
+
+def selected(selection: Mapping[str, Any], facts: Facts) -> Grid:
+    """The grid of what is selected; ValueError where a name is unknown."""
+    custom = {arm.name: arm for arm in map(parse_custom_arm, selection["arm"])}
+    arms = [parse_arm(name, custom) for name in dict.fromkeys(selection["arms"])]
+    settings = [parse_setting(name) for name in dict.fromkeys(selection["settings"])]
+    masks, weak, seeds = (list(dict.fromkeys(selection[key])) for key in ("masks", "weak", "seeds"))
+    return make_grid(arms, settings, masks, weak, seeds, facts)
+
+
+# --- setting up
+
+
+def _facts(
+    place: Workplace, wanted: Wanted, *, with_checksums: bool = True
+) -> tuple[SourceFacts, RawDataset, dict[str, Any]]:
+    """The facts that DIR holds, verified, or else a look at every file; the source; the evaluation cases' files."""
+    if place.source_file.is_file():
+        facts = SourceFacts.read(place.source_file)
+        folder = Path(facts.folder)
+        source = raw_dataset.read_dataset(folder if folder.is_dir() else wanted.fixed["dataset"])
+        if with_checksums:
+            verify_source(facts, source)
+        return facts, source, evaluation_files(source, wanted.fixed)
+    selected(wanted.selection, Facts(10**6))  # names first: reading masks may take long
+    source = raw_dataset.read_dataset(wanted.fixed["dataset"])
+    facts, evaluation = survey(source, wanted.fixed, place.processes, with_checksums=with_checksums)
+    facts.weak_options(wanted.fixed)
+    return facts, source, evaluation
+
+
+def _set_up(place: Workplace, wanted: Wanted) -> tuple[SourceFacts, Grid]:
+    """Look at the source, write down what is wanted, make the dataset of all masks."""
+    facts, source, evaluation = _facts(place, wanted)
+    grid = selected(wanted.selection, Facts(len(facts.training), facts.boxes_exclude(wanted.fixed)))
+    refuse_changed_defaults(place, grid)
+    if not place.source_file.is_file():
+        write_json(place.source_file, asdict(facts))
+    numbers = _extend_plan(place, grid)
+    config = {"format": FORMAT, "fixed": wanted.fixed, "selection": wanted.selection, "how": wanted.how}
+    write_json(place.config_file, config)
+    Datasets(place, facts, wanted.fixed, numbers).make_full(source, evaluation)
+    return facts, grid
+
+
+def refuse_changed_defaults(place: Workplace, grid: Grid) -> None:
+    """
+    Raises:
+        ValueError: a finished run was trained with other defaults than nnunet_dsp has now.
+    """
+    changed = []
+    for run in grid.runs.values():
+        record = place.record(run.id)
+        if record is not None:
+            before, options = record["options"], resolved_options(run)
+            changed += [
+                f"{run.id}: {key} {before[key]} there, {options[key]} now"
+                for key in options
+                if key in before and before[key] != options[key]
+            ]
+    if changed:
+        raise ValueError(
+            "Finished runs were trained with other defaults of nnunet_dsp:\n"
+            + "\n".join(f"  {line}" for line in changed[:20])
+            + f"\nRemove their folders from {place.runs} to train them anew, choose a new folder with -o, or define an "
+            "arm with these values (--arm)."
+        )
+
+
+def read_plan(place: Workplace) -> dict[str, Any]:
+    """plan.json, or an empty one."""
+    if not place.plan_file.is_file():
+        return {"datasets": {Data("full").name: FULL}, "runs": {}, "rows": []}
+    return raw_dataset.read_json(place.plan_file)
+
+
+def _extend_plan(place: Workplace, grid: Grid) -> dict[str, int]:
+    """Add what is asked for now to plan.json; dataset numbers by name."""
+    plan = read_plan(place)
+    for run in grid.runs.values():
+        if run.data.name not in plan["datasets"]:
+            plan["datasets"][run.data.name] = max(plan["datasets"].values()) + 1
+        plan["runs"][run.id] = asdict(run)
+    if max(plan["datasets"].values()) > 999:
+        raise ValueError("nnU-Net knows 999 datasets, and this benchmark needs more. Split it over several folders.")
+    rows = {row[:-1]: row for row in (Row(*row) for row in plan["rows"])}
+    rows |= {row[:-1]: row for row in grid.rows}  # an arm that was defined anew replaces the old one
+    plan["rows"] = [list(row) for row in rows.values()]
+    write_json(place.plan_file, plan)
+    return dict(plan["datasets"])
+
+
+def runs_of(plan: Mapping[str, Any]) -> dict[str, Run]:
+    """The runs in plan.json."""
+    result = {}
+    for name, content in plan["runs"].items():
+        data = dict(content["data"])
+        for key in ("kinds", "dealt"):
+            data[key] = tuple(data[key])
+        data["extra"] = tuple((key, value) for key, value in data["extra"])
+        options = tuple((key, value) for key, value in content["options"])
+        result[name] = Run(Data(**data), content["trainer"], options, content["seed"], content["needs"])
+    return result
+
+
+def _training(place: Workplace, wanted: Wanted, facts: SourceFacts, grid: Grid | None = None) -> Training:
+    plan = read_plan(place)
+    datasets = Datasets(place, facts, wanted.fixed, plan["datasets"])
+    return Training(place, wanted.fixed, datasets, {**runs_of(plan), **(grid.runs if grid else {})})
+
+
+# --- doing it
+
+
+def _one_run(place: Workplace, wanted: Wanted, name: str) -> int:
+    facts = SourceFacts.read(place.source_file)
+    training = _training(place, wanted, facts)
+    if name not in training.runs:
+        raise ValueError(f"--run: {place.plan_file} knows no run {name!r}. `--commands` prints those there are.")
+    if training.datasets.ready(Data("full")) is None:
+        raise ValueError(f"{place.folder} is not set up yet. Call it with --commands first; that prepares the data.")
+    with _ending_children(place):
+        record = training.execute(training.runs[name], progress=_print_progress(wanted.fixed["epochs"]))
+    print(f"{name}: mean Dice {record['means']['Dice']['mean']:.3f}" if record["means"]["Dice"]["mean"] else name)
+    return 0
+
+
+def _print_progress(epochs: int) -> Any:
+    def progress(run: str, epoch: int, loss: float | None) -> None:
+        say(f"  {run}: epoch {epoch} of {epochs}" + ("" if loss is None else f", loss {loss:.3f}"))
+
+    return progress
+
+
+@contextmanager
+def _ending_children(place: Workplace) -> Iterator[None]:
+    """A SIGTERM ends the commands too, as Ctrl-C does; nothing is left running."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
+    try:
+        yield
+    except BaseException:
+        place.stop()
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _train_all(
+    place: Workplace, wanted: Wanted, facts: SourceFacts, grid: Grid, args: argparse.Namespace
+) -> dict[str, BaseException]:
+    """Every run that has no record, `--jobs` at a time; those that failed, with what went wrong."""
+    from tqdm import tqdm
+
+    training = _training(place, wanted, facts)
+    waiting = [run for run in grid.runs.values() if place.record(run.id) is None]
+    done = len(grid.runs) - len(waiting)
+    say(f"{len(grid.runs)} runs, {done} of them finished, {len(waiting)} to do.")
+    if not waiting:
+        return {}
+    epochs = wanted.fixed["epochs"]
+    failed: dict[str, BaseException] = {}
+    bar = tqdm(total=len(waiting) * epochs, unit="epoch", desc="Training", mininterval=1.0, smoothing=0.05)
+    seen: dict[str, int] = {}
+    guard = threading.Lock()
+
+    def progress(run: str, epoch: int, loss: float | None) -> None:
+        with guard:
+            bar.update(max(0, epoch - seen.get(run, 0)))
+            seen[run] = max(epoch, seen.get(run, 0))
+            text = "" if loss is None else f", loss {loss:.3f}"
+            bar.write(f"  {run}: epoch {epoch} of {epochs}{text}")
+
+    gpus: list[str | None] = list(args.gpus or [None])
+    with _ending_children(place), ThreadPoolExecutor(args.jobs) as pool:
+        slots = [gpus[number % len(gpus)] for number in range(args.jobs)]
+        active: dict[Future[Any], tuple[Run, str | None]] = {}
+        try:
+            while waiting or active:
+                busy = {run.id for run, _ in active.values()} | {run.id for run in waiting}
+                for run in [run for run in waiting if run.needs not in busy]:
+                    if not slots:
+                        break
+                    waiting.remove(run)
+                    if run.needs in failed:
+                        failed[run.id] = OSError(f"{run.needs}, whose predictions it needs, failed.")
+                        continue
+                    gpu = slots.pop(0)
+                    active[pool.submit(training.execute, run, gpu, progress)] = (run, gpu)
+                if not active:
+                    continue
+                finished, _ = wait(active, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    run, gpu = active.pop(future)
+                    slots.append(gpu)
+                    error = future.exception()
+                    with guard:
+                        bar.update(max(0, epochs - seen.get(run.id, 0)))
+                        if error is None:
+                            value = future.result()["means"]["Dice"]["mean"]
+                            bar.write(f"{run.id}: finished, mean Dice {'none' if value is None else f'{value:.3f}'}")
+                        else:
+                            failed[run.id] = error
+                            bar.write(f"{run.id}: failed")
+                    if error is not None and not isinstance(error, (OSError, ValueError)):
+                        raise error
+        except BaseException:
+            place.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            bar.close()
+    return failed
+
+
+# --- saying it
+
+
+def _print_commands(place: Workplace, grid: Grid) -> None:
+    """One line a run. Those that need another's predictions come last."""
+    for run in sorted(grid.runs.values(), key=lambda run: run.needs is not None):
+        if place.record(run.id) is None:
+            print(shlex.join(["nnunet_dsp", "benchmark", "accuracy", "-o", str(place.folder), "--run", run.id]))
+
+
+def _say_plan(place: Workplace, wanted: Wanted, facts: SourceFacts, grid: Grid, args: argparse.Namespace) -> int:
+    from nnunet_dsp.benchmark.accuracy.estimate import estimate
+
+    training = _training(place, wanted, facts, grid)
+    print(estimate(training, grid, jobs=args.jobs, time_now=args.time))
+    return 0
+
+
+def _report(place: Workplace, wanted: Wanted) -> int:
+    from nnunet_dsp.benchmark.accuracy.report import write_report
+
+    facts = SourceFacts.read(place.source_file)
+    order = {arm: number for number, arm in enumerate(wanted.selection["arms"])}
+    rows = sorted((Row(*row) for row in read_plan(place)["rows"]), key=lambda row: order.get(row.arm, len(order)))
+    prices = parse_prices(wanted.how["cost"])
+    print(write_report(place, facts, wanted.fixed, rows, prices, command_line(place, wanted)))
+    return 0
+
+
+def command_line(place: Workplace, wanted: Wanted) -> str:
+    """The command that makes what DIR holds, all that is not as by default spelt out."""
+    words = ["nnunet_dsp", "benchmark", "accuracy", "-o", place.folder.name]
+    for given, defaults in ((wanted.fixed, FIXED), (wanted.selection, SELECTION), (wanted.how, HOW)):
+        for name, value in given.items():
+            if value == defaults.get(name):
+                continue
+            if name == "arm":
+                words += [word for text in value for word in ("--arm", text)]
+            elif isinstance(value, bool):
+                words.append(_flag(name) if value else f"--no-{name}")
+            else:
+                words += [_flag(name), *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+__all__: Sequence[str] = ("Wanted", "merge", "run_benchmark", "selected")

@@ -1,0 +1,525 @@
+"""What came out: tables (Markdown, CSV), curves and pictures (PNG), from the records of the runs that have finished.
+
+report.md         all of it
+table.csv         a line for each arm, setting and counts: means and spread over seeds
+results.csv       a line for each run and class
+per_case.csv      a line for each run, case and class
+tests.csv         paired tests
+curve_*.png       Dice over masks, weak cases and expert time; curves.csv holds their numbers
+cases_*.png       best, median and worst case
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nnunet_dsp.benchmark.accuracy.arms import Data, Row
+from nnunet_dsp.benchmark.accuracy.cost import Counts, Price, minutes
+from nnunet_dsp.benchmark.accuracy.datasets import FULL, SourceFacts
+from nnunet_dsp.benchmark.accuracy.measures import (
+    METRICS,
+    PairedTest,
+    case_means,
+    gap_closed,
+    holm,
+    mean,
+    number,
+    paired_test,
+    spread,
+)
+from nnunet_dsp.benchmark.accuracy.workplace import Workplace, write_text
+from nnunet_dsp.dataset_conversion import raw_dataset
+
+Records = Mapping[str, Mapping[str, Any]]
+
+
+class Place(NamedTuple):
+    """One table of the report: a setting at its counts."""
+
+    setting: str
+    masks: int
+    weak: int
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.masks} masks, {self.weak} other cases"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.setting.replace(':', '-').replace('+', '-')}_m{self.masks}_w{self.weak}"
+
+
+@dataclass
+class Line:
+    """An arm in a table: its finished runs by seed."""
+
+    arm: str
+    place: Place
+    records: dict[int, Mapping[str, Any]]
+    expected: int
+
+    def values(self, metric: str, name: str = "mean") -> dict[int, float]:
+        """By seed."""
+        return {seed: number(record["means"][metric].get(name)) for seed, record in self.records.items()}
+
+    def mean(self, metric: str = "Dice", name: str = "mean") -> float:
+        return mean(list(self.values(metric, name).values()))
+
+    def spread(self, metric: str = "Dice", name: str = "mean") -> float:
+        return spread(list(self.values(metric, name).values()))
+
+    def minutes(self, prices: Mapping[str, Price]) -> float:
+        return mean([minutes(Counts(**record["counts"]), prices) for record in self.records.values()])
+
+    def cases(self, seeds: Iterable[int], metric: str = "Dice") -> dict[str, list[float]]:
+        """By test case the values of the given seeds, in their order."""
+        result: dict[str, list[float]] = {}
+        for seed in seeds:
+            for case, value in case_means(self.records[seed]["per_case"], metric).items():
+                result.setdefault(case, []).append(value)
+        return result
+
+
+def lines_of(rows: Sequence[Row], records: Records) -> dict[Place, dict[str, Line]]:
+    """Finished runs by place and arm, in the order in which they were asked for."""
+    result: dict[Place, dict[str, Line]] = {}
+    for row in rows:
+        place = Place(row.setting, row.masks, row.weak)
+        line = result.setdefault(place, {}).setdefault(row.arm, Line(row.arm, place, {}, 0))
+        line.expected += 1
+        if row.run in records:
+            line.records[row.seed] = records[row.run]
+    return dict(sorted(result.items(), key=lambda item: (item[0].setting, item[0].weak, item[0].masks)))
+
+
+def gap_of(line: Line, lines: Mapping[str, Line]) -> float:
+    """Share of the gap between `masks` and `full` closed, on the seeds that all three have."""
+    if not {"masks", "full"} <= set(lines):
+        return math.nan
+    three = (line, lines["masks"], lines["full"])
+    seeds = set.intersection(*(set(each.records) for each in three))
+    values = [mean([each.values("Dice")[seed] for seed in seeds]) for each in three]
+    return gap_closed(*values)
+
+
+def tests_of(lines: Mapping[str, Line]) -> list[tuple[str, str, PairedTest]]:
+    """Each arm against `masks`, and `dsp` against each other arm, on the seeds that both have."""
+    pairs = [(arm, "masks") for arm in lines if arm != "masks"] if "masks" in lines else []
+    pairs += [("dsp", arm) for arm in lines if arm not in ("dsp", "masks")] if "dsp" in lines else []
+    result = []
+    for first, second in pairs:
+        seeds = sorted(set(lines[first].records) & set(lines[second].records))
+        same = all(lines[first].records[s]["run"] == lines[second].records[s]["run"] for s in seeds)
+        if seeds and not same:
+            test = paired_test(lines[first].cases(seeds), lines[second].cases(seeds))
+            result.append((first, second, test))
+    return result
+
+
+def write_report(
+    place: Workplace,
+    facts: SourceFacts,
+    fixed: Mapping[str, Any],
+    rows: Sequence[Row],
+    prices: Mapping[str, Price],
+    command: str,
+) -> str:
+    """Write every file of the report into DIR; returns what to print.
+
+    Args:
+        rows: what was asked for, in the order in which the arms are to be shown.
+        command: what was typed.
+    """
+    wanted = {row.run for row in rows}
+    records = {run: record for run in sorted(wanted) if (record := place.record(run)) is not None}
+    tables = lines_of(rows, records)
+    folder = place.folder
+    _write_csvs(folder, rows, records, tables, prices)
+    curves = write_curves(folder, tables, prices)
+    pictures = write_pictures(place, facts, tables)
+    text = markdown(facts, fixed, rows, records, tables, prices, curves, pictures, command)
+    write_text(folder / "report.md", text)
+    short = "\n\n".join(
+        f"{where}\n{_plain_table(main_table(lines, prices))}" for where, lines in tables.items() if _any(lines)
+    )
+    status = _status(rows, records)
+    return f"\n{short or 'No run has finished yet.'}\n\n{status}\nReport: {folder / 'report.md'}"
+
+
+def _any(lines: Mapping[str, Line]) -> bool:
+    return any(line.records for line in lines.values())
+
+
+def _status(rows: Sequence[Row], records: Records) -> str:
+    wanted = {row.run for row in rows}
+    if len(records) == len(wanted):
+        return f"All {len(wanted)} runs have finished."
+    return f"PARTIAL: {len(records)} of {len(wanted)} runs have finished."
+
+
+# --- tables
+
+
+def _with_spread(line: Line, metric: str, name: str = "mean", digits: int = 3) -> str:
+    value, deviation = line.mean(metric, name), line.spread(metric, name)
+    if math.isnan(value):
+        return "-"
+    return f"{value:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
+
+
+def main_table(lines: Mapping[str, Line], prices: Mapping[str, Price]) -> list[list[str]]:
+    """Heading and one row an arm."""
+    table = [["arm", "runs", "Dice", "gap closed", "IoU", "NSD", "HD95", "expert min"]]
+    for arm, line in lines.items():
+        if not line.records:
+            table.append([arm, f"0/{line.expected}", *["-"] * 6])
+            continue
+        gap = gap_of(line, lines)
+        cost = line.minutes(prices)
+        table.append(
+            [
+                arm,
+                f"{len(line.records)}/{line.expected}",
+                _with_spread(line, "Dice"),
+                "-" if math.isnan(gap) else f"{gap:.0%}",
+                _with_spread(line, "IoU"),
+                _with_spread(line, "NSD"),
+                _with_spread(line, "HD95", digits=1),
+                f"{cost:.1f}",
+            ]
+        )
+    return table
+
+
+def class_table(lines: Mapping[str, Line], classes: Sequence[str], metric: str) -> list[list[str]]:
+    table = [["arm", *classes]]
+    for arm, line in lines.items():
+        if line.records:
+            digits = 1 if metric == "HD95" else 3
+            table.append([arm, *(_with_spread(line, metric, name, digits) for name in classes)])
+    return table
+
+
+def test_table(lines: Mapping[str, Line]) -> list[list[str]]:
+    tests = tests_of(lines)
+    table = [["arms", "mean difference in Dice", "cases", "p", "p, Holm"]]
+    for (first, second, test), corrected in zip(tests, holm([test.p for *_, test in tests]), strict=True):
+        row = [f"{first} - {second}", f"{test.difference:+.3f}", str(test.cases), _p(test.p), _p(corrected)]
+        table.append(row)
+    return table
+
+
+def _p(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2g}"
+
+
+def _markdown_table(table: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines.insert(1, "| --- |" + " ---: |" * (len(table[0]) - 1))
+    return "\n".join(lines)
+
+
+def _plain_table(table: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in table
+    )
+
+
+def markdown(
+    facts: SourceFacts,
+    fixed: Mapping[str, Any],
+    rows: Sequence[Row],
+    records: Records,
+    tables: Mapping[Place, Mapping[str, Line]],
+    prices: Mapping[str, Price],
+    curves: Sequence[str],
+    pictures: Mapping[Place, str],
+    command: str,
+) -> str:
+    """The report."""
+    schedule = f"{fixed['epochs']} epochs of {fixed['iterations_per_epoch']} iterations"
+    on = {"test": "test cases", "val": "validation cases"}[fixed["evaluate_on"]]
+    parts = [
+        f"# Accuracy benchmark on {facts.name}",
+        f"**{_status(rows, records)}**",
+        f"    {command}",
+        f"{len(facts.training)} training cases, {len(facts.evaluation)} {on} ({facts.how}). Every arm trains "
+        f"{schedule} of configuration {fixed['configuration']} with the same plans"
+        + (" (selftrain: in each of its two rounds)" if any(row.arm == "selftrain" for row in rows) else "")
+        + f", and is evaluated on the {on} after the last iteration"
+        + ("." if fixed["tta"] else ", without mirroring."),
+        "Dice and IoU are nnU-Net's: by class the mean over the cases that show or predict it, and the mean of these. "
+        "NSD is the surface Dice and HD95 the 95th percentile of the surface distance, in the image's unit. ± is the "
+        "standard deviation over seeds. *Gap closed* is (arm - masks) / (full - masks) in mean Dice. *Expert min* is "
+        "the annotation of the training cases, at " + ", ".join(f"{what} {price}" for what, price in prices.items())
+        + ".",
+    ]  # fmt: skip
+    if facts.not_boxed and fixed["box_classes"] is None:
+        parts.append(f"Not boxed, since their boxes would cover most of the image: {', '.join(facts.not_boxed)}.")
+    parts += [f"![{Path(name).stem}]({name})" for name in curves]
+    for where, lines in tables.items():
+        parts.append(f"## {where}")
+        if not _any(lines):
+            parts.append("No run has finished yet.")
+            continue
+        parts += [_markdown_table(main_table(lines, prices)), "Dice by class:"]
+        parts.append(_markdown_table(class_table(lines, facts.foreground, "Dice")))
+        tests = test_table(lines)
+        if len(tests) > 1:
+            parts += [
+                "Paired by test case (mean over classes, seeds averaged), Wilcoxon's signed-rank test, two-sided; Holm "
+                "corrects for the tests of this table. The spread over seeds (which cases have masks) is not in it.",
+                _markdown_table(tests),
+            ]
+        if where in pictures:
+            parts.append(f"![best, median and worst case]({pictures[where]})")
+    parts.append(_provenance(records))
+    return "\n\n".join(parts) + "\n"
+
+
+def _provenance(records: Records) -> str:
+    lines = ["## Runs", ""]
+    states = [s for r in records.values() for s in (r["code"], *r.get("code_before_interruption", ()))]
+    code = sorted({_code(state) for state in states})
+    if len(code) > 1:
+        lines.append("**The runs were not all trained by the same code of nnunet_dsp.**")
+    lines += [f"- nnunet_dsp {state}" for state in code]
+    for key in ("versions", "machine"):
+        for text in sorted({", ".join(f"{k} {v}" for k, v in record[key].items()) for record in records.values()}):
+            lines.append(f"- {text}")
+    for seed, cases in sorted(_masked(records).items()):
+        lines.append(f"- seed {seed}, masked cases in the order in which they get their mask: {', '.join(cases)}")
+    lines += ["", _markdown_table(run_table(records))]
+    return "\n".join(lines)
+
+
+def _masked(records: Records) -> dict[int, list[str]]:
+    """By seed the masked cases, those of the smaller counts first."""
+    result: dict[int, list[str]] = {}
+    for record in sorted(records.values(), key=lambda record: record["data"]["masks"]):
+        if record["data"]["source"] != "full":
+            known = result.setdefault(record["data"]["seed"], [])
+            known += [case for case, kinds in record.get("cases", {}).items() if "mask" in kinds and case not in known]
+    return result
+
+
+def run_table(records: Records) -> list[list[str]]:
+    """One row a run: time and result."""
+    table = [["run", "Dice", "training min", "interrupted", "finished"]]
+    for run, record in records.items():
+        value = number(record["means"]["Dice"]["mean"])
+        spent = f"{record['seconds']['train'] / 60:.1f}"
+        table.append([f"`{run}`", f"{value:.3f}", spent, str(record["interruptions"]), record["finished"]])
+    return table
+
+
+def _code(state: Mapping[str, Any]) -> str:
+    commit = f"commit {state['commit'][:12]}" if state["commit"] else "no commit"
+    return f"{commit}{', changed' if state['changed'] else ''}, source {state['sha256']}"
+
+
+# --- CSV
+
+
+def _write_csv(file: Path, heading: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(heading)
+    for line in lines:
+        writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in line])
+    write_text(file, stream.getvalue())
+
+
+def _write_csvs(
+    folder: Path,
+    rows: Sequence[Row],
+    records: Records,
+    tables: Mapping[Place, Mapping[str, Line]],
+    prices: Mapping[str, Price],
+) -> None:
+    table, tests = [], []
+    for where, lines in tables.items():
+        for arm, line in lines.items():
+            if line.records:
+                values = [v for metric in METRICS for v in (line.mean(metric), line.spread(metric))]
+                cost = [gap_of(line, lines), line.minutes(prices)]
+                table.append([*where, arm, len(line.records), line.expected, *values, *cost])
+        found = tests_of(lines)
+        corrected = holm([test.p for *_, test in found])
+        tests += [[*where, a, b, *test, p] for (a, b, test), p in zip(found, corrected, strict=True)]
+    heading = [f"{metric}{what}" for metric in METRICS for what in ("", "_sd")]
+    where_heading = ["setting", "masks", "weak"]
+    _write_csv(
+        folder / "table.csv", [*where_heading, "arm", "runs", "wanted", *heading, "gap_closed", "minutes"], table
+    )
+    _write_csv(folder / "tests.csv", [*where_heading, "first", "second", "difference", "cases", "p", "p_holm"], tests)
+    results, cases = [], []
+    for row in rows:
+        record = records.get(row.run)
+        if record is None:
+            continue
+        start = [row.arm, row.setting, row.masks, row.weak, row.seed]
+        for name in record["means"]["Dice"]:
+            results.append([*start, name, *(number(record["means"][m].get(name)) for m in METRICS), row.run])
+        for case, classes in record["per_case"].items():
+            cases += [
+                [*start, case, n, *(number(values[m]) for m in METRICS), row.run] for n, values in classes.items()
+            ]
+    start_heading = ["arm", "setting", "masks", "weak", "seed"]
+    _write_csv(folder / "results.csv", [*start_heading, "class", *METRICS, "run"], results)
+    _write_csv(folder / "per_case.csv", [*start_heading, "case", "class", *METRICS, "run"], cases)
+
+
+# --- curves
+
+
+def write_curves(folder: Path, tables: Mapping[Place, Mapping[str, Line]], prices: Mapping[str, Price]) -> list[str]:
+    """Dice over masks, over weak cases and over expert time; the names of the files written."""
+    points = [
+        [*where, arm, line.minutes(prices), line.mean(), line.spread(), len(line.records)]
+        for where, lines in tables.items()
+        for arm, line in lines.items()
+        if line.records
+    ]
+    heading = ["setting", "masks", "weak", "arm", "minutes", "Dice", "Dice_sd", "runs"]
+    _write_csv(folder / "curves.csv", heading, points)
+    names = []
+    for name, axis, label in (
+        ("curve_masks.png", 1, "masked cases"),
+        ("curve_weak.png", 2, "weakly annotated cases"),
+        ("curve_minutes.png", 4, "expert time in minutes"),
+    ):
+        if len({point[axis] for point in points}) > 1 and (axis != 2 or len({point[1] for point in points}) == 1):
+            _plot(folder / name, points, axis, label)
+            names.append(name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    return names
+
+
+def _plot(file: Path, points: Sequence[Sequence[Any]], axis: int, label: str) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
+
+    from nnunet_dsp.pictures import PALETTE
+
+    settings = list(dict.fromkeys(point[0] for point in points))
+    arms = list(dict.fromkeys(point[3] for point in points))
+    figure, grid = plt.subplots(
+        1, len(settings), figsize=(1.2 + 4.4 * len(settings), 4.2), squeeze=False, sharey=True, layout="constrained"
+    )
+    markers = "osD^vP*X"
+    for axes, setting in zip(grid[0], settings, strict=True):
+        for index, arm in enumerate(arms):
+            here = [point for point in points if point[0] == setting and point[3] == arm]
+            if not here:
+                continue
+            here.sort(key=lambda point: point[axis])
+            x, y = [point[axis] for point in here], [point[5] for point in here]
+            deviation = [0.0 if math.isnan(point[6]) else point[6] for point in here]
+            style = {
+                "color": PALETTE[index % len(PALETTE)],
+                "marker": markers[index % len(markers)],
+                "ms": 5,
+                "lw": 1.4,
+            }
+            axes.errorbar(x, y, yerr=deviation, capsize=2, label=arm, **style)
+        axes.set_title(setting, fontsize=10)
+        axes.set_xlabel(label)
+        if axis == 4 and min(point[4] for point in points) > 0:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_minor_formatter(ScalarFormatter())
+            axes.tick_params(axis="x", which="both", labelsize=7)
+        axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel("mean Dice")
+    handles: dict[str, Any] = {}
+    for axes in grid[0]:
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(text, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6), fontsize=8)
+    temporary = file.with_name(f".{file.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    temporary.replace(file)
+
+
+# --- pictures
+
+
+def write_pictures(
+    place: Workplace, facts: SourceFacts, tables: Mapping[Place, Mapping[str, Line]]
+) -> dict[Place, str]:
+    """Best, median and worst test case of each place, by the Dice of `dsp` (or its first arm); file names."""
+    result = {}
+    for where, lines in tables.items():
+        finished = {arm: line for arm, line in lines.items() if line.records}
+        if not finished:
+            continue
+        judge = finished.get("dsp") or next((f for arm, f in finished.items() if arm != "masks"), None)
+        judge = judge or next(iter(finished.values()))
+        seed = min(judge.records)
+        usual: tuple[str, ...] = ("masks", "ignore", "dsp")
+        shown = [arm for arm in usual if arm in finished and seed in finished[arm].records]
+        shown = list(dict.fromkeys([*shown, judge.arm]))
+        name = f"cases_{where.file_name}.png"
+        if _picture(place, facts, place.folder / name, {arm: finished[arm].records[seed] for arm in shown}, judge.arm):
+            result[where] = name
+    return result
+
+
+def _picture(
+    place: Workplace, facts: SourceFacts, file: Path, records: Mapping[str, Mapping[str, Any]], judge: str
+) -> bool:
+    from nnunet_dsp.pictures import comparison
+
+    dice = {case: value for case, value in case_means(records[judge]["per_case"], "Dice").items() if value == value}
+    ranked = sorted(dice, key=lambda case: dice[case], reverse=True)
+    if not ranked:
+        return False
+    chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
+    full = place.raw / f"Dataset{FULL:03d}_{Data('full').name}"
+    dataset = raw_dataset.read_dataset(full)
+    reader = dataset.reader_writer()()
+    ending = facts.file_ending
+    images_ts = {
+        case: sorted((full / "imagesTs").glob(f"{_escaped(case)}_[0-9][0-9][0-9][0-9]{ending}")) for case in ranked
+    }
+    rows = []
+    for case in dict.fromkeys(chosen.values()):
+        ranks = " and ".join(rank for rank, name in chosen.items() if name == case)
+        image = reader.read_images([str(path) for path in images_ts[case]])[0][0]
+        truth = reader.read_seg(str(full / "labelsTs" / f"{case}{ending}"))[0][0]
+        plane = int(np.argmax((truth > 0).sum(axis=(1, 2))))
+        row: dict[str, Any] = {
+            f"{ranks}: {case}": {"image": image[plane]},
+            "truth": {"image": image[plane], "mask": truth[plane]},
+        }
+        for arm, record in records.items():
+            predicted = reader.read_seg(str(place.run_folder(record["run"]) / "predictions" / f"{case}{ending}"))[0][0]
+            value = case_means({case: record["per_case"][case]}, "Dice")[case]
+            row[arm] = {"image": image[plane], "mask": predicted[plane], "caption": f"mean Dice {value:.3f}"}
+        rows.append(row)
+    names = sorted(facts.labels, key=lambda name: facts.labels[name])
+    comparison(rows, names, file, ignore_label=facts.ignore, title=f"Best, median and worst test case of {judge}")
+    return True
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([\[\]*?])", r"[\1]", name)
+
+
+__all__ = ["Line", "Place", "lines_of", "write_report"]

@@ -1,0 +1,597 @@
+"""`nnunet_dsp benchmark accuracy` from call to report; only nnU-Net's commands are played, by `Played`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from skimage.io import imread, imsave
+
+from nnunet_dsp.annotations import LabelNames, read_annotations
+from nnunet_dsp.benchmark.accuracy import report, workplace
+from nnunet_dsp.cli import main
+
+LABELS = {"background": 0, "cell": 1, "nucleus": 2}
+SIZE = 24
+MASKS = "m2_s0_masks__nnUNetTrainer"
+FULL = "full__nnUNetTrainer__s0"
+DSP = "m2_w4_s0_weak_tags-points-boxes__nnUNetTrainerDSP"
+SELF = "m2_w4_s0_pseudo__nnUNetTrainer"
+IGNORE = "m2_w4_s0_ignore_points-boxes__nnUNetTrainer"
+WRONG_ROWS = {"full": 0, "weak": 1, "pseudo": 3, "ignore": 4, "masks": 6}
+"""How many rows of a prediction are background, whatever they show: what an arm is worth here."""
+
+
+def image_and_mask(number):
+    random = np.random.default_rng(number)
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[4:12, 3 + number % 4 : 12] = 1
+    mask[6:9, 7:10] = 2
+    if number % 2:
+        mask[15:21, 14:20] = 1
+    return (mask * 80 + random.integers(0, 60, mask.shape)).astype(np.uint8), mask
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """Six training cases and two test cases, every mask there."""
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.setenv("nnUNet_def_n_proc", "1")
+    folder = tmp_path / "raw" / "Dataset007_Toy"
+    for part, numbers in (("Tr", range(6)), ("Ts", range(6, 8))):
+        for kind in ("images", "labels"):
+            (folder / (kind + part)).mkdir(parents=True)
+        for number in numbers:
+            image, mask = image_and_mask(number)
+            imsave(folder / f"images{part}" / f"toy_{number}_0000.png", image, check_contrast=False)
+            imsave(folder / f"labels{part}" / f"toy_{number}.png", mask, check_contrast=False)
+    content = {"channel_names": {"0": "EM"}, "labels": LABELS, "numTraining": 6, "file_ending": ".png"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+class Played:
+    """Plays nnU-Net's commands on files of the same names; `calls` are the ones made."""
+
+    def __init__(self):
+        self.calls = []
+        self.fail = {}
+
+    def __call__(self, place, *words, log, gpu=None, on_line=None, pid_file=None):
+        words = [str(word) for word in words]
+        self.calls.append(words)
+        getattr(self, words[0].removeprefix("nnUNetv2_"))(place, words, on_line)
+        return 1.0
+
+    def of(self, command):
+        return [call for call in self.calls if call[0] == f"nnUNetv2_{command}"]
+
+    @staticmethod
+    def value(words, flag):
+        return words[words.index(flag) + 1]
+
+    def plan_and_preprocess(self, place, words, on_line):
+        folder = place.preprocessed / "Dataset001_full"
+        folder.mkdir()
+        raw = place.raw / "Dataset001_full"
+        (folder / "dataset.json").write_bytes((raw / "dataset.json").read_bytes())
+        (folder / "dataset_fingerprint.json").write_text("{}")
+        plans = {"plans_name": "nnUNetPlansBenchmark", "dataset_name": raw.name, "configurations": {"2d": {
+            "data_identifier": "nnUNetPlansBenchmark_2d", "patch_size": [16, 16], "batch_size": 2}}}  # fmt: skip
+        (folder / "nnUNetPlansBenchmark.json").write_text(json.dumps(plans))
+        self._preprocess(raw, folder)
+
+    def preprocess(self, place, words, on_line):
+        (raw,) = place.raw.glob(f"Dataset{int(self.value(words, '-d')):03d}_*")
+        self._preprocess(raw, place.preprocessed / raw.name)
+
+    def _preprocess(self, raw, folder):
+        for part in ("nnUNetPlansBenchmark_2d", "gt_segmentations"):
+            (folder / part).mkdir()
+        for label in (raw / "labelsTr").iterdir():
+            case = folder / "nnUNetPlansBenchmark_2d" / label.stem
+            case.with_suffix(".b2nd").write_bytes((raw / "imagesTr" / f"{label.stem}_0000.png").read_bytes())
+            Path(f"{case}_seg.b2nd").write_bytes(label.read_bytes())
+            case.with_suffix(".pkl").write_bytes(b"")
+            (folder / "gt_segmentations" / label.name).write_bytes(label.read_bytes())
+
+    def train(self, place, words, on_line):
+        dataset, plans = words[1], self.value(words, "-p")
+        content = json.loads((place.preprocessed / dataset / f"{plans}.json").read_text())
+        assert content["dataset_name"] == dataset
+        model = place.results / dataset / f"{self.value(words, '-tr')}__{plans}__2d"
+        fold = model / "fold_all"
+        if "--c" in words:
+            assert any(zipfile.is_zipfile(file) for file in fold.glob("*.pth")), "there is nothing to continue"
+        else:
+            assert not fold.exists(), "a new training starts in a new folder"
+        fold.mkdir(parents=True, exist_ok=True)
+        (model / "plans.json").write_text(json.dumps(content))
+        for epoch in range(content["nnunet_dsp_benchmark"]["num_epochs"]):
+            for line in (f"2026: Epoch {epoch} ", "2026: train_loss 0.5", "2026: Epoch time: 2.0 s"):
+                if on_line is not None:
+                    on_line(line + "\n")
+            how = self.fail.pop(dataset.split("_", 1)[1], None)
+            if how is not None:
+                if how == "broken":
+                    (fold / "checkpoint_final.pth").write_bytes(b"PK\x03\x04 cut off")
+                elif how == "saved":
+                    self._checkpoint(fold / "checkpoint_latest.pth")
+                raise OSError("`nnUNetv2_train` failed with exit status 1. Its output ended:\nout of luck")
+        self._checkpoint(fold / "checkpoint_final.pth")
+
+    @staticmethod
+    def _checkpoint(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("weights", b"0")
+
+    def predict(self, place, words, on_line):
+        dataset, output = self.value(words, "-d"), Path(self.value(words, "-o"))
+        output.mkdir()
+        rows = next((n for kind, n in WRONG_ROWS.items() if kind in dataset), None)
+        model = place.results / dataset / f"{self.value(words, '-tr')}__{self.value(words, '-p')}__2d"
+        (output / "plans.json").write_bytes((model / "plans.json").read_bytes())
+        for image in Path(self.value(words, "-i")).iterdir():
+            _, mask = image_and_mask(int(image.name.split("_")[1]))
+            mask[4 : 4 + rows] = 0
+            imsave(output / image.name.replace("_0000", ""), mask, check_contrast=False)
+
+    def evaluate_folder(self, place, words, on_line):
+        truth, predicted = Path(words[1]), Path(words[2])
+        cases = []
+        for file in sorted(predicted.glob("*.png")):
+            a, b = imread(truth / file.name), imread(file)
+            metrics = {}
+            for value in (1, 2):
+                tp, fp, fn = ((a == value) & (b == value), (a != value) & (b == value), (a == value) & (b != value))
+                tp, fp, fn = int(tp.sum()), int(fp.sum()), int(fn.sum())
+                metrics[str(value)] = {"Dice": 2 * tp / (2 * tp + fp + fn), "IoU": tp / (tp + fp + fn)}
+                metrics[str(value)] |= {"TP": tp, "FP": fp, "FN": fn}
+            cases.append({"prediction_file": str(file), "metrics": metrics})
+        (predicted / "summary.json").write_text(json.dumps({"metric_per_case": cases}))
+
+
+@pytest.fixture
+def played(monkeypatch):
+    played = Played()
+    monkeypatch.setattr(workplace.Workplace, "command", lambda place, *words, **more: played(place, *words, **more))
+    return played
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch):
+    """Drawing takes a second a picture; one test has them drawn."""
+    if not request.node.name.startswith("test_every_arm_is_trained_once"):
+        monkeypatch.setattr(report, "write_pictures", lambda *_: {})
+        monkeypatch.setattr(report, "_plot", lambda file, *_: file.write_text("plot"))
+
+
+@pytest.fixture
+def benchmark(source, played, tmp_path, capsys):
+    """Calls the command; returns status, stdout and stderr."""
+
+    def call(*words, begin=True):
+        start: list[str] = ["benchmark", "accuracy", "-o", str(tmp_path / "out")]
+        if begin:
+            start += ["-d", "7", "--masks", "2", "--seeds", "0", "--epochs", "3", "--device", "cpu"]
+        status = main([*start, *map(str, words)])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    call.folder = tmp_path / "out"
+    call.source = source
+    call.played = played
+    call.record = lambda run: json.loads((tmp_path / "out" / "runs" / run / "record.json").read_text())
+    call.trained = lambda: [call[1].split("_", 1)[1] for call in played.of("train")]
+    call.raw = lambda name: next((tmp_path / "out" / "nnUNet_raw").glob(f"Dataset*_{name}"))
+    return call
+
+
+def rows_of(file):
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def truth_dice(kind):
+    """Mean over classes of the mean over test cases of Dice, for an arm that misses these rows; by hand."""
+    dice = []
+    for value in (1, 2):
+        cases = []
+        for number in (6, 7):
+            _, mask = image_and_mask(number)
+            there = (mask == value).sum()
+            found = there - (mask[4 : 4 + WRONG_ROWS[kind]] == value).sum()
+            cases.append(2 * found / (there + found))
+        dice.append(sum(cases) / 2)
+    return sum(dice) / 2
+
+
+def test_every_arm_is_trained_once_and_the_report_holds_what_came_out(benchmark):
+    status, out, _ = benchmark("--arms", "masks", "full", "ignore", "selftrain", "dsp")
+    assert status == 0
+    assert sorted(benchmark.trained()) == sorted(
+        ["m2_s0_masks", "full", "m2_w4_s0_ignore_points-boxes", "m2_w4_s0_pseudo", "m2_w4_s0_weak_tags-points-boxes"]
+    )
+    table = {row["arm"]: row for row in rows_of(benchmark.folder / "table.csv")}
+    kinds = {"masks": "masks", "full": "full", "ignore": "ignore", "selftrain": "pseudo", "dsp": "weak"}
+    for arm, kind in kinds.items():
+        assert float(table[arm]["Dice"]) == pytest.approx(truth_dice(kind)), arm
+        gap = (truth_dice(kind) - truth_dice("masks")) / (truth_dice("full") - truth_dice("masks"))
+        assert float(table[arm]["gap_closed"]) == pytest.approx(gap), arm
+    assert float(table["full"]["minutes"]) > float(table["dsp"]["minutes"]) > float(table["masks"]["minutes"])
+    assert table["selftrain"]["minutes"] == table["masks"]["minutes"], "predictions cost no expert anything"
+    text = (benchmark.folder / "report.md").read_text()
+    assert "All 5 runs have finished" in text and "PARTIAL" not in text
+    for name in ("cases_mixed_m2_w4.png", "curve_minutes.png", "per_case.csv", "results.csv", "tests.csv"):
+        assert (benchmark.folder / name).stat().st_size > 0
+    assert "dsp - masks" in text
+    assert f"{truth_dice('weak'):.3f}" in out
+
+
+def test_what_has_finished_is_not_trained_again(benchmark):
+    benchmark("--arms", "masks", "dsp")
+    before = benchmark.record(DSP)
+    benchmark.played.calls.clear()
+    status, out, err = benchmark("--arms", "masks", "dsp", "dsp-loss", begin=False)
+    assert status == 0
+    assert "3 runs, 2 of them finished, 1 to do" in err
+    assert benchmark.trained() == ["m2_w4_s0_weak_tags-points-boxes"]
+    plans = benchmark.record(f"{DSP}__dsp_weight=0.0")
+    assert plans["options"]["dsp_weight"] == 0
+    assert benchmark.record(DSP) == before
+    assert "dsp-loss" in out and "masks" in out, "the report shows earlier arms too"
+
+
+def test_a_bare_call_goes_on_with_what_was_asked_for(benchmark):
+    benchmark.played.fail["m2_w4_s0_weak_tags-points-boxes"] = "saved"
+    status, out, err = benchmark("--arms", "masks", "dsp")
+    assert status == 1
+    assert "1 run(s) failed" in err and "out of luck" in err
+    assert "PARTIAL: 1 of 2 runs have finished" in out
+    assert "PARTIAL" in (benchmark.folder / "report.md").read_text()
+    benchmark.played.calls.clear()
+    status, out, _ = benchmark(begin=False)
+    assert status == 0 and "All 2 runs have finished" in out
+    (training,) = benchmark.played.of("train")
+    assert "--c" in training, "it goes on from its checkpoint"
+    assert benchmark.record(DSP)["interruptions"] == 1
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_continued_from(benchmark):
+    benchmark.played.fail["m2_s0_masks"] = "broken"
+    assert benchmark("--arms", "masks")[0] == 1
+    benchmark.played.calls.clear()
+    assert benchmark(begin=False)[0] == 0
+    (training,) = benchmark.played.of("train")
+    assert "--c" not in training
+
+
+def test_a_training_that_a_killed_benchmark_left_behind_is_not_doubled(benchmark, monkeypatch):
+    from nnunet_dsp.benchmark.accuracy import training
+
+    monkeypatch.setattr(training, "still_running", lambda file: 4711)
+    status, _, err = benchmark("--arms", "masks")
+    assert status == 1
+    assert "still runs as process 4711" in err
+    assert not benchmark.played.of("train")
+
+
+def test_another_configuration_in_the_same_folder_is_refused_and_told(benchmark):
+    benchmark("--arms", "masks")
+    status, _, err = benchmark("--epochs", "4", "--tta", "--arms", "masks", begin=False)
+    assert status == 1
+    assert "--epochs: 3 there, 4 now" in err and "--tta: False there, True now" in err
+    assert benchmark("--arms", "masks", "--masks", "2")[0] == 0, "repeating what was given is no change"
+
+
+def test_a_source_that_changed_is_refused(benchmark):
+    benchmark("--arms", "masks")
+    label = benchmark.source / "labelsTr" / "toy_3.png"
+    mask = imread(label)
+    mask[0, 0] = 1
+    imsave(label, mask, check_contrast=False)
+    status, _, err = benchmark(begin=False)
+    assert status == 1
+    assert "toy_3.png has changed since this benchmark began" in err
+
+
+def test_the_users_folders_are_only_read(benchmark, tmp_path):
+    def state():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "out" not in path.parts}
+
+    before = state()
+    benchmark("--arms", "masks", "dsp", "ignore", "selftrain")
+    assert state() == before
+
+
+def test_defaults_that_changed_since_a_run_finished_are_refused(benchmark):
+    benchmark("--arms", "dsp")
+    file = benchmark.folder / "runs" / DSP / "record.json"
+    record = json.loads(file.read_text())
+    record["options"]["dsp_weight"] = 0.7
+    file.write_text(json.dumps(record))
+    status, _, err = benchmark(begin=False)
+    assert status == 1
+    assert "dsp_weight 0.7 there, 0." in err
+
+
+def test_a_record_holds_what_is_needed_to_check_it(benchmark):
+    benchmark("--arms", "dsp")
+    record = benchmark.record(DSP)
+    folder = benchmark.folder / "runs" / DSP
+    for name, expected in record["checksums"].items():
+        if name.startswith("predictions/"):
+            assert workplace.checksum(folder / name) == expected
+    assert {"checkpoint_final.pth", "plans.json", "predictions/toy_6.png"} <= set(record["checksums"])
+    assert set(record["per_case"]) == {"toy_6", "toy_7"}
+    assert set(record["per_case"]["toy_6"]["cell"]) >= {"Dice", "IoU", "NSD", "HD95"}
+    assert record["seed"] == record["schedule"]["seed"] == record["options"]["seed"] == 0
+    assert record["versions"]["nnunetv2"] and record["machine"]["device"] == "cpu" and record["code"]["sha256"]
+    source = json.loads((benchmark.folder / "source.json").read_text())
+    images = [f"images{part}/toy_{n}_0000.png" for part, ns in (("Tr", range(6)), ("Ts", (6, 7))) for n in ns]
+    assert set(images) < set(source["checksums"])
+    for name, expected in source["checksums"].items():
+        assert workplace.checksum(benchmark.source / name) == expected
+
+
+def test_arms_differ_in_labels_and_trainer_only(benchmark):
+    benchmark("--arms", "masks", "full", "ignore", "dsp", "--optimizer", "adamw", "--lr", "0.01")
+    seen = []
+    for run in (MASKS, FULL, IGNORE, DSP):
+        record = benchmark.record(run)
+        file = benchmark.folder / "nnUNet_preprocessed" / record["dataset"] / f"{record['plans']}.json"
+        plans = json.loads(file.read_text())
+        assert plans.pop("dataset_name") == record["dataset"]
+        assert plans.pop("plans_name") == record["plans"]
+        assert (plans.pop("nnunet_dsp", None) is not None) == (run == DSP)
+        seen.append(plans)
+    assert all(plans == seen[0] for plans in seen)
+    assert seen[0]["nnunet_dsp_benchmark"] == {
+        "num_epochs": 3,
+        "iterations_per_epoch": 250,
+        "val_iterations": 1,
+        "seed": 0,
+        "optimizer": "adamw",
+        "initial_lr": 0.01,
+    }
+
+
+def test_every_arm_sees_the_masks_of_the_same_cases(benchmark):
+    benchmark("--arms", "masks", "ignore", "dsp")
+    masked = [{c for c, kinds in benchmark.record(r)["cases"].items() if "mask" in kinds} for r in (MASKS, IGNORE, DSP)]
+    assert masked[0] == masked[1] == masked[2]
+    assert len(masked[0]) == 2
+    for case in masked[0]:
+        truth = (benchmark.source / "labelsTr" / f"{case}.png").read_bytes()
+        for name in ("m2_s0_masks", "m2_w4_s0_ignore_points-boxes", "m2_w4_s0_weak_tags-points-boxes"):
+            assert (benchmark.raw(name) / "labelsTr" / f"{case}.png").read_bytes() == truth
+
+
+def test_the_ignore_arm_sees_the_points_and_boxes_that_dsp_sees(benchmark):
+    benchmark("--arms", "ignore", "dsp")
+    weak, painted = benchmark.raw("m2_w4_s0_weak_tags-points-boxes"), benchmark.raw("m2_w4_s0_ignore_points-boxes")
+    names = LabelNames.from_dataset_json(json.loads((weak / "dataset.json").read_text()))
+    files = sorted((weak / "annotationsTr").iterdir())
+    assert len(files) == 4
+    assert not (painted / "annotationsTr").exists()
+    for file in files:
+        said = read_annotations(file, names)
+        assert said.present and said.points and said.boxes
+        inside = np.zeros((SIZE, SIZE), bool)
+        for box in said.boxes:
+            inside[tuple(slice(int(a), int(b)) for a, b in zip(box.start, box.stop, strict=True))] = True
+        expected = np.where(inside, 3, 0)
+        for point in said.points:
+            expected[tuple(map(int, point.at))] = LABELS[point.label]
+        np.testing.assert_array_equal(imread(painted / "labelsTr" / f"{file.stem}.png"), expected)
+        assert (imread(weak / "labelsTr" / f"{file.stem}.png") == 3).all()
+
+
+def test_rectangles_and_scribbles_are_partial_masks_for_both(benchmark):
+    benchmark("--arms", "ignore", "dsp", "--settings", "masks+rectangles+scribbles", "--rectangle", "8", "6")
+    kinds = "scribbles-rectangles"
+    weak, painted = (benchmark.raw(f"m2_w4_s0_{source}_{kinds}") / "labelsTr" for source in ("weak", "ignore"))
+    cases = benchmark.record(f"m2_w4_s0_weak_{kinds}__nnUNetTrainerDSP")["cases"]
+    for case in [case for case, given in cases.items() if "mask" not in given]:
+        label = imread(weak / f"{case}.png")
+        truth = imread(benchmark.source / "labelsTr" / f"{case}.png")
+        drawn = label != 3
+        np.testing.assert_array_equal(label[drawn], truth[drawn])
+        windows = np.lib.stride_tricks.sliding_window_view(drawn, (8, 6))
+        assert windows.all(axis=(2, 3)).any(), "a rectangle of this size is whole"
+        assert 48 < drawn.sum() < drawn.size
+        assert (weak / f"{case}.png").read_bytes() == (painted / f"{case}.png").read_bytes()
+    counts = benchmark.record(f"m2_w4_s0_weak_{kinds}__nnUNetTrainerDSP")["counts"]
+    assert counts["rectangle_images"] == counts["scribble_images"] == 4
+
+
+def test_self_training_learns_from_what_the_masks_arm_predicts_for_the_other_images(benchmark):
+    benchmark("--arms", "selftrain")
+    assert benchmark.trained() == ["m2_s0_masks", "m2_w4_s0_pseudo"], "the masks arm comes first"
+    dataset = benchmark.raw("m2_w4_s0_pseudo")
+    assert "ignore" not in json.loads((dataset / "dataset.json").read_text())["labels"]
+    for case, kinds in benchmark.record(SELF)["cases"].items():
+        _, mask = image_and_mask(int(case.split("_")[1]))
+        if "mask" not in kinds:
+            mask[4 : 4 + WRONG_ROWS["masks"]] = 0
+        np.testing.assert_array_equal(imread(dataset / "labelsTr" / f"{case}.png"), mask)
+    assert len(list((dataset / "imagesTr").iterdir())) == 6
+    assert sorted(path.name for path in dataset.iterdir() if path.is_dir()) == ["imagesTr", "labelsTr"]
+
+
+def test_datasets_with_the_same_masks_are_preprocessed_once(benchmark):
+    benchmark("--arms", "masks", "dsp", "dsp:points", "dsp:unlabelled")
+    assert len(benchmark.played.of("preprocess")) == 1, "masks has those of full, the dsp arms have one another's"
+    weak, points = (
+        benchmark.folder / "nnUNet_preprocessed" / benchmark.raw(f"m2_w4_s0_weak_{kinds}").name
+        for kinds in ("tags-points-boxes", "points")
+    )
+    files = sorted(path.relative_to(weak) for path in weak.rglob("*") if path.suffix in (".b2nd", ".pkl"))
+    assert len(files) == 18
+    for file in files:
+        assert (weak / file).read_bytes() == (points / file).read_bytes()
+    assert "boxes" not in json.loads(next((points / "annotationsTr").iterdir()).read_text())
+    full = next((benchmark.folder / "nnUNet_preprocessed").glob("Dataset001*"))
+    data = "nnUNetPlansBenchmark_2d"
+    assert (weak / data / "toy_0.b2nd").samefile(full / data / "toy_0.b2nd"), "images are kept once"
+
+
+def test_what_is_trained_on_is_preprocessed_from_the_labels_of_its_own_dataset(benchmark):
+    benchmark("--arms", "masks", "full", "selftrain", "dsp", "ignore")
+    datasets = sorted((benchmark.folder / "nnUNet_raw").iterdir())
+    assert len(datasets) == 5
+    for raw in datasets:
+        folder = benchmark.folder / "nnUNet_preprocessed" / raw.name
+        labels = sorted((raw / "labelsTr").iterdir())
+        assert len(list((folder / "nnUNetPlansBenchmark_2d").glob("*.pkl"))) == len(labels)
+        for label in labels:
+            stored = folder / "nnUNetPlansBenchmark_2d" / f"{label.stem}_seg.b2nd"
+            assert stored.read_bytes() == label.read_bytes(), f"{raw.name}: {label.name}"
+            assert (folder / "gt_segmentations" / label.name).read_bytes() == label.read_bytes()
+
+
+def test_a_run_can_be_done_by_its_own_command(benchmark):
+    status, out, err = benchmark("--arms", "selftrain", "masks", "dsp", "--commands")
+    assert status == 0
+    lines = out.strip().splitlines()
+    assert len(lines) == 3, "nothing but commands on stdout"
+    assert lines[-1].endswith(f"--run {SELF}"), "what needs another run comes last"
+    assert not benchmark.played.of("train")
+    assert benchmark("--run", SELF, begin=False)[0] == 0
+    assert benchmark.trained() == ["m2_s0_masks", "m2_w4_s0_pseudo"], "what it needs is done on the way"
+    assert benchmark("--run", MASKS, begin=False)[0] == 0
+    assert len(benchmark.trained()) == 2
+    _, out, _ = benchmark("--report-only", begin=False)
+    assert "PARTIAL: 2 of 3 runs" in out
+    status, _, err = benchmark("--run", "nonsense", begin=False)
+    assert status == 1 and "knows no run 'nonsense'" in err
+
+
+def test_the_plan_says_what_there_is_to_do_and_writes_nothing(benchmark):
+    status, out, _ = benchmark("--arms", "masks", "dsp:scribbles", "--plan")
+    assert status == 0
+    assert MASKS in out and "time unknown" in out
+    assert "Left out: dsp:scribbles in mixed with 2 masks: the setting has no scribbles" in out
+    assert not benchmark.folder.exists()
+
+
+def test_the_plan_knows_the_time_of_what_has_finished(benchmark):
+    benchmark("--arms", "masks")
+    file = benchmark.folder / "runs" / MASKS / "record.json"
+    record = json.loads(file.read_text())
+    record["seconds"] |= {"train": 3000, "predict": 500, "evaluate": 100}
+    file.write_text(json.dumps(record))
+    _, out, _ = benchmark("--arms", "masks", "full", "dsp", "--seeds", "0", "1", "--plan", begin=False)
+    assert out.count("   1 h") == 3, "each vanilla run as long as the finished one"
+    assert "About 5 h, 2 of them guessed by the others" in out
+
+
+def test_seeds_counts_and_spread(benchmark):
+    benchmark("--arms", "masks", "full", "--masks", "1", "3", "--seeds", "0", "1")
+    trained = benchmark.trained()
+    assert trained.count("full") == 2 and len(trained) == 6
+    rows = rows_of(benchmark.folder / "results.csv")
+    means = [row for row in rows if row["class"] == "mean"]
+    assert {(row["arm"], row["masks"], row["seed"]) for row in means} == {
+        (arm, masks, seed) for arm in ("masks", "full") for masks in "13" for seed in "01"
+    }
+    (line,) = [r for r in rows_of(benchmark.folder / "table.csv") if (r["arm"], r["masks"]) == ("masks", "3")]
+    assert (line["runs"], float(line["Dice_sd"])) == ("2", 0.0), "both seeds are played alike"
+    assert (benchmark.folder / "curve_masks.png").is_file()
+
+
+def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):
+    status, _, _ = benchmark("--arm", "mine=nnUNetTrainerMine@masks:rate=0.5", "--arms", "mine")
+    assert status == 0
+    (training,) = benchmark.played.of("train")
+    assert Played.value(training, "-tr") == "nnUNetTrainerMine_benchmark"
+    module = (benchmark.folder / "trainers" / "nnUNetTrainerMine_benchmark.py").read_text()
+    assert "class nnUNetTrainerMine_benchmark(BenchmarkSchedule, Trainer)" in module
+    record = benchmark.record("m2_s0_masks__nnUNetTrainerMine__rate=0.5")
+    assert record["options"] == {"rate": 0.5}
+    assert benchmark(begin=False)[0] == 0, "the arm is remembered"
+
+
+def test_runs_side_by_side_give_what_they_give_alone(benchmark):
+    arms = ("masks", "full", "selftrain", "dsp", "dsp:points", "ignore")
+    status, _, _ = benchmark("--arms", *arms, "--jobs", "3")
+    assert status == 0
+    table = {row["arm"]: float(row["Dice"]) for row in rows_of(benchmark.folder / "table.csv")}
+    assert table["selftrain"] == pytest.approx(truth_dice("pseudo"))
+    assert len(benchmark.trained()) == 6
+
+
+def test_a_run_whose_first_round_failed_is_not_tried(benchmark):
+    benchmark.played.fail["m2_s0_masks"] = "saved"
+    status, _, err = benchmark("--arms", "selftrain", "full")
+    assert status == 1
+    assert f"{MASKS}, whose predictions it needs, failed" in err
+    assert "m2_w4_s0_pseudo" not in benchmark.trained()
+    assert "full" in benchmark.trained(), "the others go on"
+
+
+def test_the_report_follows_the_prices(benchmark):
+    benchmark("--arms", "masks")
+    benchmark("--report-only", "--cost", "mask=15min/image", begin=False)
+    (line,) = rows_of(benchmark.folder / "table.csv")
+    assert float(line["minutes"]) == pytest.approx(30)
+
+
+def test_a_dataset_without_all_its_masks_is_refused_before_anything_is_made(benchmark):
+    (benchmark.source / "labelsTr" / "toy_2.png").unlink()
+    status, _, err = benchmark("--arms", "masks")
+    assert status == 1
+    assert "needs a mask for every training case, but 1 have none: toy_2" in err
+    assert not (benchmark.folder / "benchmark.json").exists()
+
+
+def test_test_images_without_a_mask_are_refused(benchmark):
+    (benchmark.source / "labelsTs" / "toy_7.png").unlink()
+    status, _, err = benchmark("--arms", "masks")
+    assert status == 1
+    assert "1 of 2 have none: toy_7" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--patch", "16"), "--patch goes with --plans small"),
+        (("--share", "2"), "--share: expected a number from 0 to 1"),
+        (("--step-size", "0"), "--step-size: expected"),
+        (("--jobs", "0"), "--jobs: expected 1 or more"),
+        (("--arms", "dsq"), "no arm 'dsq'"),
+        (("--settings", "mixd"), "no setting 'mixd'"),
+        (("--masks", "9"), "--masks: expected 0 to 6"),
+        (("--time",), "--time goes with --plan"),
+        (("--cost", "mask=3"), "--cost"),
+        (("--box-classes", "axon"), "unknown class"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(benchmark, words, message):
+    status, _, err = benchmark(*words)
+    assert status == 1
+    assert message in err
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_data_is_prepared(benchmark, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, _, err = benchmark("--arms", "masks", "--device", "cuda")
+    assert status == 1
+    assert "PyTorch finds no such device" in err
+    assert not benchmark.folder.exists()
+    assert benchmark("--arms", "masks", "--device", "cuda", "--commands")[0] == 0, "a login node needs no GPU"
+
+
+def test_a_folder_without_a_benchmark_cannot_be_reported(benchmark):
+    status, _, err = benchmark("--report-only", begin=False)
+    assert status == 1 and "holds no benchmark" in err
+    status, _, err = benchmark("--arms", "masks", begin=False)
+    assert status == 1 and "-d is missing" in err
