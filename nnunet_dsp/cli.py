@@ -133,7 +133,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._action_max_length = 14  # argparse forgets the indentation of subcommands when it measures their names
+        self._action_max_length = 20  # argparse forgets the indentation of subcommands when it measures their names
 
 
 class _LazyParser(argparse.ArgumentParser):

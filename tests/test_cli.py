@@ -100,6 +100,7 @@ def test_help_names_every_command(capsys):
         assert f"    {command.name} " in shown
     assert {c.name for c in cli.COMMANDS} == {
         "env", "register", "unregister", "doctor", "plans", "prepare", "simulate", "convert", "benchmark",
+        "import", "export", "check", "pseudo-dataset", "instances",
     }  # fmt: skip
 
 

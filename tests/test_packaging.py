@@ -84,10 +84,11 @@ def test_the_wheel_holds_every_module_of_the_three_folders_and_nothing_else(whee
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for package, folder in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".json", ".typed") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".json", ".typed", ".j2", ".css", ".js") and "__pycache__" not in path.parts
     }
     assert names_in(wheel) == expected
-    assert {"nnunet_dsp/py.typed", "nnunet_dsp/nnunet_entry/nnunet_dsp_trainers.py"} <= expected
+    some = {"py.typed", "report/page.html.j2", "nnunet_entry/nnunet_dsp_trainers.py"}
+    assert {f"nnunet_dsp/{name}" for name in some} <= expected
 
 
 def test_nothing_but_nnunet_dsp_appears_in_site_packages(wheel):
@@ -104,7 +105,7 @@ def test_the_metadata_says_what_it_is(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
     assert "nnunetv2>=2.8.1" in metadata.get_all("Requires-Dist")
-    assert set(metadata.get_all("Provides-Extra")) == {"test", "dev", "acdc"}
+    assert set(metadata.get_all("Provides-Extra")) == {"test", "dev", "acdc", "instances", "multicut", "waterz"}
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert metadata_of(wheel, "entry_points.txt").split("\n")[:2] == [
         "[console_scripts]",
@@ -167,7 +168,13 @@ def test_the_declared_dependencies_are_what_the_code_imports():
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
     declared = project["dependencies"] + project["optional-dependencies"]["acdc"]
-    modules = {"connected-components-3d": "cc3d", "pillow": "PIL", "scikit-image": "skimage"}
+    modules = {
+        "connected-components-3d": "cc3d",
+        "dynamic-network-architectures": "dynamic_network_architectures",
+        "pillow": "PIL",
+        "PyYAML": "yaml",
+        "scikit-image": "skimage",
+    }
     names = {line.split(">")[0].split("=")[0].split("!")[0].strip() for line in declared}
     declared_modules = {modules.get(name, name) for name in names}
     imported = set()

@@ -1,0 +1,137 @@
+"""`nnunet_dsp instances evaluate TRUTH PREDICTION`: compare instance label images, case by case, with the truth.
+
+TRUTH and PREDICTION are folders with label images of the same names (or two files). Measured: adapted Rand error
+(ARAND) and variation of information (VOI split and merge, bits), 0 is perfect; AP at intersections over union of 0.5
+to 0.95 (TP / (TP + FP + FN)) and panoptic quality (PQ), 1 is perfect. Voxels that the truth does not label (`ignore`
+in the dataset.json beside TRUTH, or --ignore) count nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TABLE = ("arand", "voi_split", "voi_merge", "ap_50", "ap_75", "ap", "pq", "num_truth", "num_prediction")
+
+
+def _ignore(text: str) -> int | str:
+    if text in ("auto", "none"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a label value, 'auto' or 'none', but got {text!r}") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("truth", metavar="TRUTH", type=Path, help="folder of true label images, or one file")
+    parser.add_argument("prediction", metavar="PREDICTION", type=Path, help="folder of predicted ones, or one file")
+    parser.add_argument(
+        "-o", dest="output", metavar="FILE", type=Path, help="JSON (default: instances_summary.json in PREDICTION)"
+    )
+    parser.add_argument(
+        "--ignore",
+        metavar="VALUE",
+        type=_ignore,
+        default="auto",
+        help="value in the truth of what nobody labelled; 'none' if there is none (default: as in the dataset.json in "
+        "the folder above TRUTH, if there is one)",
+    )
+    parser.add_argument("--num-processes", metavar="N", type=int, default=1)
+
+
+def find_ignore_label(truth: Path) -> int | None:
+    """The ignore label of the dataset.json beside the folder of the truth (or in it), if there is one."""
+    from nnunet_dsp.dataset_conversion.raw_dataset import read_json
+
+    folder = truth if truth.is_dir() else truth.parent
+    for file in (folder / "dataset.json", folder.parent / "dataset.json"):
+        if file.is_file():
+            value = read_json(file).get("labels", {}).get("ignore")
+            return None if value is None else int(value)
+    return None
+
+
+def _pairs(truth: Path, prediction: Path) -> dict[str, tuple[Path, Path]]:
+    from nnunet_dsp.dataset_conversion.instance_labels import is_label_file, name_of
+
+    for path in (truth, prediction):
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file or folder {path}.")
+    if truth.is_file() != prediction.is_file():
+        raise ValueError(f"Expected two folders or two files, but got {truth} and {prediction}.")
+    if truth.is_file():
+        return {name_of(truth): (truth, prediction)}
+    true = {name_of(f): f for f in sorted(truth.iterdir()) if is_label_file(f)}
+    predicted = {name_of(f): f for f in sorted(prediction.iterdir()) if is_label_file(f)}
+    if not true:
+        raise FileNotFoundError(f"{truth} holds no label image.")
+    missing = sorted(set(true) - set(predicted))
+    if missing:
+        raise FileNotFoundError(
+            f"{prediction} lacks {len(missing)} of {len(true)} label images of {truth}: {', '.join(missing[:10])}."
+        )
+    return {name: (file, predicted[name]) for name, file in true.items()}
+
+
+def measure_files(job: tuple[str, Path, Path, int | None]) -> tuple[str, dict[str, Any]]:
+    """Measures of one case: its name, the true and the predicted label image, the ignore label.
+
+    Raises:
+        ValueError: a file cannot be read, or the two do not fit; the message names them.
+    """
+    from nnunet_dsp.dataset_conversion.instance_labels import read_labels
+    from nnunet_dsp.instances.measures import measure
+
+    name, true, predicted, ignore = job
+    try:
+        return name, measure(read_labels(true).squeeze(), read_labels(predicted).squeeze(), ignore)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error} ({true} against {predicted})") from error
+
+
+def evaluate(
+    truth: Path, prediction: Path, ignore_label: int | None, *, processes: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Measures of every case under "cases", their mean over cases under "mean"; JSON as it stands."""
+    from nnunet_dsp.dataset_conversion.parallel import map_cases
+    from nnunet_dsp.instances.measures import average
+
+    jobs = [(name, *files, ignore_label) for name, files in _pairs(truth, prediction).items()]
+    cases = dict(map_cases(measure_files, jobs, processes=processes, description="Evaluating"))
+    return {"mean": average(list(cases.values())), "cases": cases}
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The main measures as a table, one line a case, the mean last."""
+    rows: list[tuple[str, ...]] = [("case", *TABLE)]
+    for name, values in [*summary["cases"].items(), ("mean", summary["mean"])]:
+        rows.append((name, *(_number(values.get(key), key) for key in TABLE)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def _number(value: float | int | None, key: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:g}" if key.startswith("num_") else f"{value:.4f}"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print the table, write the JSON."""
+    from nnunet_dsp.dataset_conversion.raw_dataset import write_json
+
+    if not args.truth.exists():
+        raise FileNotFoundError(f"There is no file or folder {args.truth}.")
+    ignore = find_ignore_label(args.truth) if args.ignore == "auto" else None if args.ignore == "none" else args.ignore
+    summary = evaluate(args.truth, args.prediction, ignore, processes=args.num_processes)
+    folder = args.prediction if args.prediction.is_dir() else args.prediction.parent
+    output = args.output or folder / "instances_summary.json"
+    write_json(output, {"ignore_label": ignore, **summary})
+    print(table(summary))
+    print(f"Ignored in the truth: {'nothing' if ignore is None else f'label {ignore}'}. Written: {output}")
+    return 0
