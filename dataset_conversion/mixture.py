@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 Count = int | Literal["rest"]
-KINDS = ("tags", "points", "boxes", "scribbles")
+KINDS = ("tags", "points", "boxes", "scribbles", "rectangles")
 ATTEMPTS = 1000  # draws of masked cases, in search of ones that together show every class
 
 
@@ -26,8 +26,8 @@ def assign(
     Args:
         classes_of: the classes that each case shows.
         masks: how many cases keep their mask; the number of `masked_cases` if those are given.
-        kinds: for each of "tags", "points", "boxes", "scribbles" how many cases get it, or "rest": every case that is
-            neither masked nor unlabelled. Numbered kinds go to different cases as far as the cases reach.
+        kinds: for each of "tags", "points", "boxes", "scribbles", "rectangles" how many cases get it, or "rest": every
+            case that is neither masked nor unlabelled. Numbered kinds go to different cases as far as the cases reach.
         unlabelled: how many cases get nothing.
         same_cases: numbered kinds all start from the same case instead.
         cover: draw masked cases that together show as many classes as possible, as one who chooses what to annotate

@@ -7,6 +7,15 @@ keeps three masks and gives every other case tags, a point in each object and a 
 are linked to labelsTr_evaluation, where nnU-Net does not look. Objects are connected components (8 neighbours in 2D,
 26 in 3D) of the foreground classes.
 
+    nnunet_dsp simulate -d 501 -o 503 --rectangle 64
+
+annotates one rectangle of 64 x 64 voxels in every image and leaves the rest to be 'ignore'.
+
+    nnunet_dsp simulate -d 601 -o 602 --instances 0.1
+
+keeps a tenth of the instances of each image of an instance dataset (`nnunet_dsp convert instances`); all else is
+'ignore'.
+
 Classes that fill the image like a net (membranes) are not boxed unless --box-classes names them: a class is left out
 where the union of its boxes covers more than half of the image in more than half of the boxed cases that show it.
 """
@@ -22,11 +31,12 @@ import numpy as np
 
 from nnunet_dsp.annotations import Annotations, LabelNames, case_file, write_annotations
 from nnunet_dsp.dataset_conversion import raw_dataset
+from nnunet_dsp.dataset_conversion.instance_labels import write_sparse_dataset
 from nnunet_dsp.dataset_conversion.mixture import KINDS, Count, assign
 from nnunet_dsp.dataset_conversion.parallel import default_num_processes, map_cases
 from nnunet_dsp.dataset_conversion.raw_dataset import EVALUATION_FOLDER, RawCase, RawDataset
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, Split, read_splits, split_masked
-from nnunet_dsp.dataset_conversion.weak_labels import WeakOptions, annotate, box_coverage, scribble
+from nnunet_dsp.dataset_conversion.weak_labels import WeakOptions, annotate, box_coverage, rectangle, scribble
 
 TOO_MUCH = 0.5  # boxes of a class that cover more than this share of the image say nearly nothing
 
@@ -99,6 +109,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="rest",
         help="strokes in the objects and the background: a partial mask",
+    )
+    which.add_argument(
+        "--rectangle",
+        metavar="VOXELS",
+        type=int,
+        nargs="+",
+        help="every case without mask gets one annotated rectangle of this size: one number for all axes, or y x, or "
+        "z y x (1 64 64: part of one slice). Where no case keeps its mask, these are trained and validated on",
+    )
+    which.add_argument(
+        "--instances",
+        metavar="SHARE",
+        type=float,
+        help="keep this share of each image's instances, above 0 to 1, and nothing else; instance datasets only",
+    )
+    which.add_argument(
+        "--keep-background",
+        action="store_true",
+        help="with --instances: background that the source annotates stays annotated",
     )
     which.add_argument("--unlabelled", metavar="N", type=int, default=0, help="get nothing, 'rest' or not")
     which.add_argument(
@@ -201,11 +230,13 @@ def _annotate_case(job: _Job) -> tuple[str, Annotations, dict[str, float]]:
         return job.case.name, Annotations(mask_labels=job.mask_classes), {}
     flat = mask[0] if mask.shape[0] == 1 else mask
     seed = (job.seed, *job.case.name.encode())
+    label = np.full_like(flat, job.ignore)
     if "scribbles" in job.kinds:
-        label = scribble(flat, job.labels, job.ignore, job.options, seed).reshape(mask.shape)
-    else:
-        label = np.full_like(mask, job.ignore)
-    raw_dataset.write_label(job.reader_writer, label, job.label_file, properties)
+        label = scribble(flat, job.labels, job.ignore, job.options, seed)
+    if "rectangles" in job.kinds:
+        partial, where = rectangle(flat, job.ignore, job.options.rectangle, seed)
+        label[where] = partial[where]
+    raw_dataset.write_label(job.reader_writer, label.reshape(mask.shape), job.label_file, properties)
     spacing = tuple(float(s) for s in properties["spacing"])[-flat.ndim :]
     annotations = annotate(flat, job.labels, job.kinds, job.options, seed, spacing)
     return job.case.name, annotations, box_coverage(annotations)
@@ -230,6 +261,8 @@ def _options(args: argparse.Namespace, labels: Mapping[str, int]) -> WeakOptions
             raise ValueError(
                 f"--{option.replace('_', '-')}: expected {least} or more, but got {getattr(args, option)}."
             )
+    if any(size < 1 for size in args.rectangle or ()):
+        raise ValueError(f"--rectangle: expected sizes of 1 or more, but got {' '.join(map(str, args.rectangle))}.")
     foreground = _class_names(args.classes, tuple(n for n in labels if n != "background"), labels, "--classes")
     return WeakOptions(
         share=args.share,
@@ -242,6 +275,7 @@ def _options(args: argparse.Namespace, labels: Mapping[str, int]) -> WeakOptions
         point_classes=_class_names(args.point_classes, foreground, labels, "--point-classes"),
         box_classes=_class_names(args.box_classes, foreground, labels, "--box-classes"),
         scribble_classes=("background", *(n for n in foreground if n != "background")),
+        rectangle=tuple(args.rectangle or ()),
     )
 
 
@@ -291,8 +325,33 @@ def _without_boxes(annotations: Annotations, classes: Mapping[str, float]) -> An
     )
 
 
+def _simulate_instances(args: argparse.Namespace, source: RawDataset) -> int:
+    """A share of each image's instances; nothing else can be asked for at the same time."""
+    if any(getattr(args, kind) for kind in (*KINDS, "unlabelled", "masks", "masked_cases", "masks_only")):
+        raise ValueError("--instances makes a dataset of its own kind: leave --masks, --points and the like out.")
+    target = _target(args, source)
+    counted = write_sparse_dataset(
+        source,
+        target,
+        args.instances,
+        seed=args.seed,
+        keep_background=args.keep_background,
+        processes=args.num_processes,
+        arguments=args,
+    )
+    kept, among = (sum(numbers) for numbers in zip(*counted.values(), strict=True))
+    print(f"{target}\n  {len(counted)} cases, {kept} of {among} instances labelled, all else 'ignore'")
+    print(f"Next: nnunet_dsp prepare -d {target.name[7:10]}")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     source = raw_dataset.read_dataset(args.source)
+    args.rectangles = "rest" if args.rectangle else 0
+    if args.instances is not None:
+        return _simulate_instances(args, source)
+    if args.keep_background:
+        raise ValueError("--keep-background belongs to --instances, which is missing.")
     labels = source.labels
     options = _options(args, labels)
     mask_classes = None
@@ -416,7 +475,9 @@ def _write_annotations(folder: Path, annotated: Mapping[str, Annotations], label
 
 def _splits(file: Path, everyone: Collection[str], kinds_of: Mapping[str, tuple[str, ...]]) -> list[Split]:
     masked = [n for n, kinds in kinds_of.items() if "mask" in kinds]
-    weak = [n for n, kinds in kinds_of.items() if "mask" not in kinds]
+    if not masked:  # a rectangle is part of a mask: enough to validate on where there is nothing better
+        masked = [n for n, kinds in kinds_of.items() if "rectangles" in kinds]
+    weak = [n for n in kinds_of if n not in set(masked)]
     return split_masked(masked, weak, read_splits(file, everyone) if file.is_file() else [])
 
 
@@ -438,6 +499,7 @@ def _summary(
         "points": {"cases": cases("points"), "points": sum(len(a.points) for a in annotated.values())},
         "boxes": {"cases": cases("boxes"), "boxes": sum(len(a.boxes) for a in annotated.values())},
         "scribbles": {"cases": cases("scribbles")},
+        "rectangles": {"cases": cases("rectangles")},
         "nothing": {"cases": sum(not kinds for kinds in kinds_of.values())},
     }
 

@@ -1,4 +1,4 @@
-"""What an annotator with less time would have said about an image, drawn from its mask: tags, points, boxes, strokes.
+"""What an annotator with less time would have said of an image, from its mask: tags, points, boxes, strokes, parts.
 
 Pure functions on arrays. Which case gets what, and everything on disk, is in simulate.py.
 """
@@ -13,7 +13,11 @@ from scipy.spatial import cKDTree
 
 from nnunet_dsp.annotations import Annotations, Box, Point
 
-POINTS, BOXES, SCRIBBLES, SHARE = 1, 2, 3, 4  # what a random stream is for: asking for boxes does not move the points
+# what a random stream is for: asking for boxes does not move the points
+POINTS, BOXES, SCRIBBLES, SHARE, RECTANGLES = 1, 2, 3, 4, 5
+
+
+LOOKS = 20  # places for a rectangle that an annotator considers before taking one that shows less than two classes
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class WeakOptions:
     min_size: objects of fewer voxels are overlooked; their classes are then neither complete nor tagged by them.
     complete: say for which classes every object was annotated, where that is so.
     tags_absent: also say which classes the image does not show.
+    rectangle: size in voxels of the one part of the image that is annotated; one number for all axes, or one an axis.
     """
 
     share: float = 1.0
@@ -41,6 +46,7 @@ class WeakOptions:
     scribble_classes: tuple[str, ...] = ()
     stroke_length: int = 60
     stroke_radius: int = 1
+    rectangle: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -236,3 +242,44 @@ def _stroke(voxels: np.ndarray, options: WeakOptions, random: np.random.Generato
     if options.stroke_radius:
         drawn = ndimage.binary_dilation(drawn, iterations=options.stroke_radius)
     return (drawn & inside)[1:-1, 1:-1]
+
+
+def rectangle(
+    mask: np.ndarray, ignore: int, size: tuple[int, ...], seed: tuple[int, ...]
+) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """A partial mask: one rectangle (3D: block) of the image as it is, `ignore` everywhere else.
+
+    Its place is drawn at random, anew while it shows a single class and others could be shown: nobody asked for one
+    rectangle annotates an empty corner. After twenty draws the one with most classes is taken.
+
+    Args:
+        mask: shape (y, x) or (z, y, x), integer, every voxel annotated.
+        ignore: value for everything outside.
+        size: voxels, one number for all axes or one an axis; cut to the image.
+        seed: as in annotate().
+
+    Returns:
+        Shape and dtype of `mask`; and where the rectangle is.
+
+    Raises:
+        ValueError: `size` has neither one number nor one an axis.
+    """
+    if len(size) not in (1, mask.ndim):
+        raise ValueError(
+            f"--rectangle: expected one number or {mask.ndim}, one for each axis of the images ({mask.ndim}D), but got "
+            f"{len(size)}: {' '.join(map(str, size))}."
+        )
+    sizes = [min(s, n) for s, n in zip(size * (mask.ndim // len(size)), mask.shape, strict=True)]
+    random = np.random.default_rng([*seed, RECTANGLES])
+    best: tuple[int, tuple[slice, ...]] = (0, ())
+    for _ in range(LOOKS):
+        first = [int(random.integers(0, n - s + 1)) for s, n in zip(sizes, mask.shape, strict=True)]
+        where = tuple(slice(a, a + s) for a, s in zip(first, sizes, strict=True))
+        shown = len(np.unique(mask[where]))
+        if shown > best[0]:
+            best = (shown, where)
+        if shown > 1:
+            break
+    partial = np.full_like(mask, ignore)
+    partial[best[1]] = mask[best[1]]
+    return partial, best[1]
