@@ -125,7 +125,8 @@ class PatchMap:
         """Coordinates (N, dim) and ones channel (N,) at some voxels, (N, dim)."""
         if isinstance(self._moved, CoordinateMap) and self._channels is None:
             return self._moved.at(voxels)
-        channels = self._dense()[(slice(None), *voxels.T)].astype(np.float64)
+        every_channel = (slice(None), *voxels.T)
+        channels = self._dense()[every_channel].astype(np.float64)
         return channels[:-1].T, channels[-1]
 
     def _trusted(self, voxels: IntArray) -> BoolArray:

@@ -282,8 +282,9 @@ class PrototypeHead(nn.Module):
         if not self._in_blocks():
             return self._forward_by_modules(features)
         device = features.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
-        norm, first, _, second = self.transform
+        dtype = _autocast_dtype(device) or features.dtype
+        layers: Any = self.transform
+        norm, first, _, second = layers
         with torch.autocast(device, enabled=False):
             features = features.to(dtype)
             mean, reciprocal = self._statistics(features)
@@ -339,6 +340,15 @@ class PrototypeHead(nn.Module):
             f"num_classes={self.out_channels}, num_prototypes={self.num_prototypes}, "
             f"temperature={self.initial_temperature:g}{learnt}"
         )
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on this kind of device; None where it is off."""
+    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
