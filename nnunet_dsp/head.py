@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_dsp.similarity import SMALLEST_NORM, at_least_float32, unit_length
+
 _CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_SMALLEST_NORM = 1e-6
-"""Embeddings shorter than this are divided by this instead: their direction is noise and its gradient unbounded."""
 
 
 class _ChannelMixing(torch.autograd.Function):
@@ -58,7 +58,7 @@ class _ChannelMixing(torch.autograd.Function):
             torch.sum(embeddings.square(), 0, out=length[item, voxels])
             length[item, voxels].sqrt_()
             torch.mm(prototypes, embeddings, out=logits[item, :, voxels])
-        logits /= length.clamp_min(_SMALLEST_NORM)[:, None]
+        logits /= length.clamp_min(SMALLEST_NORM)[:, None]
         ctx.save_for_backward(
             features, mean, reciprocal, gamma, beta, first, first_bias, second, second_bias, prototypes, length
         )
@@ -81,13 +81,13 @@ class _ChannelMixing(torch.autograd.Function):
             block = features[item, :, voxels]
             hidden, embeddings = _embed(block, weight, bias, second, second_bias, ctx.slope)
             embeddings = embeddings.to(wide)
-            length = lengths[item, voxels].clamp_min(_SMALLEST_NORM)
+            length = lengths[item, voxels].clamp_min(SMALLEST_NORM)
             by_similarity = by_logits[item, :, voxels] / length
             by_prototypes += by_similarity @ embeddings.T
             by_embeddings = prototypes.T @ by_similarity
             # logits = s / |e|: the part along e, which lengthens it, is taken away; too short ones were not divided
             along = (by_embeddings * embeddings).sum(0).div_(length.square())
-            along.mul_(lengths[item, voxels] >= _SMALLEST_NORM)
+            along.mul_(lengths[item, voxels] >= SMALLEST_NORM)
             by_embeddings.addcmul_(embeddings, along, value=-1)
             by_second_bias += by_embeddings.sum(1)
             by_embeddings = by_embeddings.to(narrow)
@@ -263,7 +263,7 @@ class PrototypeHead(nn.Module):
         """
         embeddings = self.transform(features)
         with torch.autocast(embeddings.device.type, enabled=False):
-            return F.normalize(_at_least_float32(embeddings), dim=1, eps=_SMALLEST_NORM)
+            return unit_length(embeddings, dim=1)
 
     def _in_blocks(self) -> bool:
         """Whether _ChannelMixing may do it: only SyncBatchNorm, whose statistics span processes, needs the modules."""
@@ -306,7 +306,7 @@ class PrototypeHead(nn.Module):
 
     def _mean_prototypes(self) -> Tensor:
         """(num_classes, embedding_channels): the mean of each class's normalised prototypes, over the temperature."""
-        return F.normalize(_at_least_float32(self.prototypes), dim=-1).mean(1) / self.temperature
+        return F.normalize(at_least_float32(self.prototypes), dim=-1).mean(1) / self.temperature
 
     def _statistics(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and reciprocal standard deviation of each channel as BatchNorm takes them; keeps its running ones."""
@@ -315,7 +315,7 @@ class PrototypeHead(nn.Module):
             return norm.running_mean, (norm.running_var + norm.eps).rsqrt()
         with torch.no_grad():
             axes = [0, *range(2, features.ndim)]
-            variance, mean = (_at_least_float32(t) for t in torch.var_mean(features, axes, correction=0))
+            variance, mean = (at_least_float32(t) for t in torch.var_mean(features, axes, correction=0))
             count = features.numel() // features.shape[1]
             norm.num_batches_tracked += 1
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
@@ -326,12 +326,12 @@ class PrototypeHead(nn.Module):
     def _forward_by_modules(self, features: Tensor) -> Tensor:
         embeddings = self.transform(features)
         with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = _at_least_float32(embeddings)
+            embeddings = at_least_float32(embeddings)
             weight = self._mean_prototypes()
             weight = weight.reshape(*weight.shape, *(1,) * self.dim)
             convolve = F.conv2d if self.dim == 2 else F.conv3d
             similarity = convolve(embeddings, weight.to(embeddings.dtype))
-            length = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp_min(_SMALLEST_NORM)
+            length = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
             return similarity / length
 
     def extra_repr(self) -> str:
@@ -349,10 +349,6 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
     if device == "cpu":
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def replace_last_layer(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from nnunet_dsp.settings_base import one_of, settings_from_plans
 
 PLANS_KEY = "nnunet_dsp"
 
@@ -47,8 +48,8 @@ class DSPSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("head", self.head, ("prototype", "standard"))
-        _one_of("variant", self.variant, ("default", "released"))
+        one_of("head", self.head, ("prototype", "standard"))
+        one_of("variant", self.variant, ("default", "released"))
         for name in ("pseudo_label_warmup", "masked_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -76,23 +77,7 @@ class DSPSettings:
         Raises:
             ValueError: an unknown name or an impossible value.
         """
-        given = plans.get(PLANS_KEY, {})
-        if not isinstance(given, Mapping):
-            raise ValueError(f'Expected "{PLANS_KEY}" in the plans to be an object, but got {type(given).__name__}.')
-        known = {field.name: field.type for field in fields(cls)}
-        if not strict:
-            given = {name: value for name, value in given.items() if name in known}
-        for name in given:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f" Did you mean `{near[0]}`?" if near else f" Known: {', '.join(known)}."
-                raise ValueError(f'Unknown setting `{name}` under "{PLANS_KEY}" in the plans.{hint}')
-        return replace(default or cls(), **given)
+        return settings_from_plans(cls, PLANS_KEY, plans, default, strict=strict)
 
     def to_plans(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected setting `{name}` to be one of {', '.join(choices)}, but got {value!r}.")
