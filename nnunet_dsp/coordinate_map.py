@@ -96,6 +96,12 @@ class CoordinateMap(torch.Tensor):
             position = self._unnormalised(self._grid[index].double().numpy())
         return position * self._slope + self._start, self._weight(position, np.minimum, 1).prod(axis=1)
 
+    def straight(self) -> tuple[FloatArray, FloatArray] | None:
+        """(D,) slope and start of the coordinates along each axis; None once it was sampled on a grid."""
+        if self._grid is not None:
+            return None
+        return self._slope * self._sign, self._slope * self._shift + self._start
+
     def _unnormalised(self, sampled: Any) -> Any:
         """Voxel positions, (..., D) in array order, from grid_sample's, which run from -1 to 1, last axis first."""
         axes: list[int] = list(range(self._dim))[::-1]

@@ -146,6 +146,9 @@ class PatchMap:
 
     def _fit(self) -> tuple[FloatArray, FloatArray, bool]:
         """Least squares of source = matrix @ voxel + translation over a coarse grid of trustworthy voxels."""
+        straight = self._moved.straight() if isinstance(self._moved, CoordinateMap) else None
+        if straight is not None:
+            return np.diag(straight[0]), straight[1], True
         lines = [np.unique(np.linspace(0, size - 1, min(size, 9)).round().astype(np.int64)) for size in self.shape]
         index = np.stack([axis.ravel() for axis in np.meshgrid(*lines, indexing="ij")], axis=1)
         source, weight = self._samples(index)
