@@ -341,7 +341,7 @@ def _simulate_instances(args: argparse.Namespace, source: RawDataset) -> int:
     )
     kept, among = (sum(numbers) for numbers in zip(*counted.values(), strict=True))
     print(f"{target}\n  {len(counted)} cases, {kept} of {among} instances labelled, all else 'ignore'")
-    print(f"Next: nnunet_dsp prepare -d {target.name[7:10]}")
+    print(f"Next: nnUNetv2_plan_and_preprocess -d {target.name[7:10]}, then docs/instances.md")
     return 0
 
 
