@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_dsp.batch import AnnotationBatch
 from nnunet_dsp.losses import dsp_losses
-from nnunet_dsp.pseudo_labels import allowed_classes
-from nnunet_dsp.set_losses import set_losses
+from nnunet_dsp.pseudo_labels import allowed_classes, box_cover
+from nnunet_dsp.set_losses import SetLosses, set_losses
 from nnunet_dsp.settings import DSPSettings
 
 TERMS = ("mask_loss", "dsp_image", "dsp_box", "dsp_point", "dsp_mask", "pseudo_label", "marginal")
@@ -32,7 +34,8 @@ class CombinedLoss(nn.Module):
     a batch says is put into `knowledge` beforehand; without it (in validation) this is nnU-Net's loss and nothing else.
 
     The mask loss sees the masked items only: a Dice averaged over items would otherwise count each weak one as perfect.
-    The other terms act on the full resolution; lower deep-supervision outputs learn from the masks.
+    The others learn by the same loss from their pseudo-labels, once these are used. The DSP losses and the marginal
+    cross entropy act on the full resolution only.
 
     Args:
         mask_loss: nnU-Net's, deep supervision included.
@@ -65,6 +68,10 @@ class CombinedLoss(nn.Module):
         settings = self.settings
         logits = output[0] if isinstance(output, (list, tuple)) else output
         classes = (target[0] if isinstance(target, (list, tuple)) else target)[:, 0]
+        num_weak = logits.shape[0] - num_masked
+        use_pseudo_labels = self.use_pseudo_labels and settings.pseudo_label_weight > 0
+        as_masks = use_pseudo_labels and settings.pseudo_label_loss == "nnunet" and self.ignore_label is not None
+        of_sets: SetLosses | None = None
         mask_loss = self._loss_on_masks(output, target, num_masked)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
@@ -86,11 +93,17 @@ class CombinedLoss(nn.Module):
                 unmasked = classes == self.ignore_label
                 if annotations.outside.numel() > 0:
                     unmasked = unmasked & ~annotations.outside
-                use_pseudo_labels = self.use_pseudo_labels and settings.pseudo_label_weight > 0
                 if settings.marginal_weight > 0 or use_pseudo_labels:
-                    of_sets = set_losses(logits, allowed, unmasked)
+                    boxes = None
+                    doubted = use_pseudo_labels and settings.pseudo_labels_in_boxes == "boxed"
+                    if doubted and annotations.box_voxels.shape[0] > 0:
+                        boxes = box_cover(annotations, logits.shape[1], logits.shape[2:])
+                    of_sets = set_losses(logits, allowed, unmasked, boxes, num_weak if as_masks else 0)
                     marginal = of_sets.marginal if settings.marginal_weight > 0 else zero
                     pseudo = of_sets.pseudo_label if use_pseudo_labels else zero
+        if as_masks and of_sets is not None:
+            pseudo = pseudo + self._loss_on_pseudo_labels(output, target, of_sets, num_weak)
+        with torch.autocast(logits.device.type, enabled=False):
             dsp = (
                 settings.image_weight * image
                 + settings.box_weight * box
@@ -105,6 +118,24 @@ class CombinedLoss(nn.Module):
             )
         self.terms = torch.stack([t.detach().float() for t in (mask_loss, image, box, point, mask, pseudo, marginal)])
         return total
+
+    def _loss_on_pseudo_labels(
+        self, output: Tensor | list[Tensor], target: Tensor | list[Tensor], of_sets: SetLosses, num_weak: int
+    ) -> Tensor:
+        """nnU-Net's loss on the items without mask, the first `num_weak`, with their pseudo-labels as targets."""
+        outputs = list(output) if isinstance(output, (list, tuple)) else [output]
+        dtype = (target[0] if isinstance(target, (list, tuple)) else target).dtype
+        if num_weak == 0 and not (dist.is_available() and dist.is_initialized()):
+            return outputs[0].new_zeros((), dtype=torch.float32)
+        # Without weak items the whole batch goes in, blank: the value is constant, and DDP's gathering stays in step.
+        number = num_weak or outputs[0].shape[0]
+        counts = of_sets.counts[:number, None] & (num_weak > 0)
+        full = torch.where(counts, of_sets.label[:number, None].float(), float(self.ignore_label or 0))
+        shrunk = [F.interpolate(full, o.shape[2:], mode="nearest-exact").to(dtype) for o in outputs]  # as nnU-Net does
+        outputs = [o[:number] for o in outputs]
+        deep = isinstance(output, (list, tuple))
+        result: Tensor = self.mask_loss(outputs, shrunk) if deep else self.mask_loss(outputs[0], shrunk[0])
+        return result.float()
 
     def _loss_on_masks(
         self, output: Tensor | list[Tensor], target: Tensor | list[Tensor], num_masked: int

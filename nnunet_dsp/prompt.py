@@ -6,12 +6,15 @@ prompt_choice.py, what the similarities are made of in similarity.py.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_dsp.head import PrototypeHead
 from nnunet_dsp.prompt_settings import PromptSettings
@@ -23,6 +26,13 @@ FLOOR = 1e-6
 NOT_A_KEY = -1
 GROUPS_ON_CPU = 8
 """The exponentials of all voxels with 1024 keys take longer than a small network; an eighth of them is affordable."""
+
+
+def unwrapped(network: nn.Module) -> Any:
+    """The network itself, out of DistributedDataParallel and torch.compile."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
 class PromptBuffers(nn.Module):
@@ -310,7 +320,8 @@ def initialise_prototypes(network: nn.Module, image: Tensor, label: Tensor) -> l
 
     Args:
         network: with a PrototypeHead at decoder.seg_layers[-1], as replace_last_layer() leaves it; its mode (train or
-            eval) is restored, and running statistics are not touched.
+            eval) is restored, and running statistics are not touched. A head that has seen no batch yet normalises by
+            the prompt's own statistics, as training will by each batch's.
         image: (P, channels, *S), preprocessed.
         label: (P, *S) integer class map, negative where nothing is known.
 
@@ -332,7 +343,11 @@ def initialise_prototypes(network: nn.Module, image: Tensor, label: Tensor) -> l
     network.eval()
     try:
         network(image.to(head.prototypes.device, head.prototypes.dtype))
+        norm: Any = head.transform[0]
+        kept = copy.deepcopy(norm.state_dict())
+        norm.train(not int(norm.num_batches_tracked))
         embeddings = head.embed(features[0]).flatten(2).transpose(1, 2).flatten(0, 1)
+        norm.load_state_dict(kept)
     finally:
         handle.remove()
         network.train(was_training)

@@ -36,6 +36,9 @@ from nnunet_dsp.prompt_choice import (
 from nnunet_dsp.prompt_settings import PromptSettings
 from nnunet_dsp.training_set import ANNOTATIONS_FOLDER, load_case_annotations
 
+CASES_LOOKED_AT = 20
+"""Cases in which a prompt is searched, where dataset.json names none: reading all of a large dataset takes minutes."""
+
 
 @dataclass(frozen=True)
 class Prompt:

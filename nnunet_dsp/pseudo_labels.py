@@ -7,6 +7,7 @@ over that set stand in set_losses.py; nothing here knows nnU-Net.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,6 +124,35 @@ def allowed_classes(
             known = known.view(rows)
         _fill_empty_and_masked(allowed.view(batch_size, num_classes, *rows[1:]), local, known, code)
     return allowed.view(batch_size, num_classes, *spatial_shape)
+
+
+class BoxCover(NamedTuple):
+    """Where there are boxes, and of which classes: what pseudo-labels inside boxes are held against.
+
+    Attributes:
+        voxels: (B, *S) bool, inside some box.
+        classes: (B, C) bool, the classes that have a box in this item.
+    """
+
+    voxels: Tensor
+    classes: Tensor
+
+
+def box_cover(annotations: AnnotationBatch, num_classes: int, spatial_shape: Sequence[int]) -> BoxCover:
+    """Which voxels of a batch lie in boxes, tight or loose, and which classes its items have boxes of.
+
+    Args:
+        annotations: of B items with C classes.
+        num_classes: C.
+        spatial_shape: S.
+    """
+    batch_size = annotations.tags.shape[0]
+    device = annotations.tags.device
+    voxels = torch.zeros(batch_size * _product(spatial_shape), dtype=torch.bool, device=device)
+    voxels.index_fill_(0, annotations.box_voxels, True)
+    classes = torch.zeros(batch_size * num_classes, dtype=torch.bool, device=device)
+    classes.index_fill_(0, annotations.box_item * num_classes + annotations.box_class, True)
+    return BoxCover(voxels.view(batch_size, *spatial_shape), classes.view(batch_size, num_classes))
 
 
 def _fill_empty_and_masked(allowed: Tensor, local: bool, known: Tensor | None, code: Tensor | None) -> None:

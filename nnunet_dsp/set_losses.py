@@ -11,16 +11,25 @@ import torch
 from torch import Tensor
 
 from nnunet_dsp.blocks import row_blocks
+from nnunet_dsp.pseudo_labels import BoxCover
 
 _LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
 """exp() of more than that leaves the type."""
 
 
 class SetLosses(NamedTuple):
-    """Two scalars, each a mean over the voxels asked for, attached to the logits' graph; 0 where there are none."""
+    """What set_losses() gives.
+
+    Attributes:
+        marginal, pseudo_label: scalars, attached to the logits' graph; 0 where no voxel was asked for.
+        label: (B, *S), uint8 or int16: the likeliest allowed class.
+        counts: (B, *S) bool: the voxels asked for whose pseudo-label counts.
+    """
 
     marginal: Tensor
     pseudo_label: Tensor
+    label: Tensor
+    counts: Tensor
 
 
 class _SetReductions(torch.autograd.Function):
@@ -29,17 +38,28 @@ class _SetReductions(torch.autograd.Function):
     Apart they would keep four tensors of the logits' size for the backward pass. Here three numbers a voxel are kept:
     the log of the whole mass, of the allowed classes' mass, and the likeliest allowed class.
 
-    forward(logits (B, C, R, W), allowed (B, C, R, W) bool, where (B, 1, R, W) bool) returns the sums over `where` of
-    lse - lse_allowed and of lse - (largest allowed logit), with lse the logarithm of the sum of the exponentials.
+    forward(logits (B, C, R, W), allowed (B, C, R, W) bool, where (B, 1, R, W) bool, in_box (B, 1, R, W) bool or None,
+    boxed (B, C) bool or None, first) returns the sum over `where` of lse - lse_allowed; the sum of lse - (largest
+    allowed logit) over those of them, from item `first` on, whose pseudo-label counts; the number of these; the
+    pseudo-labels and where they count, both (B, 1, R, W). lse is the logarithm of the sum of the exponentials.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, allowed: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        allowed: Tensor,
+        where: Tensor,
+        in_box: Tensor | None,
+        boxed: Tensor | None,
+        first: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         whole = torch.empty_like(logits[:, :1])
         within = torch.empty_like(whole)
         label = torch.empty_like(whole, dtype=torch.uint8 if logits.shape[1] <= 256 else torch.int16)
         counted = torch.empty_like(where)
-        marginal, pseudo = logits.new_zeros(()), logits.new_zeros(())
+        labelled = counted if in_box is None else torch.empty_like(where)
+        marginal, pseudo, number = logits.new_zeros(()), logits.new_zeros(()), logits.new_zeros(())
         smallest = torch.finfo(logits.dtype).tiny * 2**20
         for rows in row_blocks(logits):
             scores, possible = logits[:, :, rows], allowed[:, :, rows]
@@ -52,29 +72,42 @@ class _SetReductions(torch.autograd.Function):
             log_within = torch.where(inner > smallest, top + inner.log(), best)
             here = where[:, :, rows] & (best > -torch.inf)  # an empty set says nothing
             marginal += torch.where(here, log_whole - log_within, 0.0).sum()
-            pseudo += torch.where(here, log_whole - best, 0.0).sum()
             whole[:, :, rows], within[:, :, rows], label[:, :, rows] = log_whole, log_within, index
             counted[:, :, rows] = here
-        ctx.save_for_backward(logits, allowed, counted, whole, within, label)
-        return marginal, pseudo
+            if in_box is not None and boxed is not None:
+                of_a_box = boxed.gather(1, index.flatten(1)).view_as(index)
+                here = here & (of_a_box | ~in_box[:, :, rows])
+                labelled[:, :, rows] = here
+            pseudo += torch.where(here, log_whole - best, 0.0)[first:].sum()
+            number += here[first:].sum()
+        ctx.mark_non_differentiable(number, label, labelled)
+        ctx.apart, ctx.first = in_box is not None, first
+        ctx.save_for_backward(logits, allowed, counted, labelled, whole, within, label)
+        return marginal, pseudo, number, label, labelled
 
     @staticmethod
-    def backward(ctx: Any, by_marginal: Tensor, by_pseudo: Tensor) -> tuple[Tensor | None, ...]:
-        logits, allowed, counted, whole, within, label = ctx.saved_tensors
+    def backward(ctx: Any, by_marginal: Tensor, by_pseudo: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        logits, allowed, counted, labelled, whole, within, label = ctx.saved_tensors
         result = torch.empty_like(logits)
         for rows in row_blocks(logits):
             log_whole = whole[:, :, rows]
             # d marginal = p - p [allowed] / mass of the allowed; d pseudo = p - [is the label]
             missing = (log_whole - within[:, :, rows]).clamp_max_(_LARGEST_EXPONENT[logits.dtype])
-            both = by_marginal + by_pseudo
+            of_label = by_pseudo
+            if ctx.apart or ctx.first:
+                of_label = by_pseudo * labelled[:, :, rows]
+                of_label[: ctx.first] = 0
+            both = by_marginal + of_label
             gradient = (logits[:, :, rows] - log_whole).exp_()
             gradient *= torch.where(allowed[:, :, rows], both - by_marginal * missing.exp_(), both)
-            gradient.scatter_add_(1, label[:, :, rows].long(), (-by_pseudo).expand_as(log_whole))
+            gradient.scatter_add_(1, label[:, :, rows].long(), (-of_label).expand_as(log_whole))
             torch.mul(gradient, counted[:, :, rows], out=result[:, :, rows])
-        return result, None, None
+        return result, None, None, None, None, None
 
 
-def set_losses(logits: Tensor, allowed: Tensor, where: Tensor) -> SetLosses:
+def set_losses(
+    logits: Tensor, allowed: Tensor, where: Tensor, boxes: BoxCover | None = None, first: int = 0
+) -> SetLosses:
     """Marginal cross entropy and the cross entropy against the pseudo-label, for the price of about one of them.
 
     With S(x) the classes allowed at x and p = softmax(logits), each a mean over the voxels asked for:
@@ -82,12 +115,17 @@ def set_losses(logits: Tensor, allowed: Tensor, where: Tensor) -> SetLosses:
         marginal     = -log( sum over S(x) of p_c )          "one of these"
         pseudo-label = -log( max over S(x) of p_c )          "the likeliest of these"; the choice gets no gradient
 
+    With `boxes`, a pseudo-label inside a box counts only if it is of a boxed class. A box says that an object is there;
+    a network that does not see all of it yet calls the rest background, and taught that, sees less of it the next time.
+
     With one class allowed both are the ordinary cross entropy; with all of them the first is 0.
 
     Args:
         logits: (B, C, *S), floating; computed in float32 whatever the autocast (float64 for float64).
         allowed: (B, C, *S) bool; a voxel with none counts as 0 in both.
         where: (B, *S) bool.
+        boxes: box_cover() of the batch's annotations; None: every pseudo-label counts.
+        first: the pseudo-label loss leaves out the items before this one.
 
     Returns:
         SetLosses, float32 (float64 for float64), each at least 0 up to rounding. Where the allowed classes' mass is
@@ -96,13 +134,22 @@ def set_losses(logits: Tensor, allowed: Tensor, where: Tensor) -> SetLosses:
     with torch.autocast(logits.device.type, enabled=False):
         scores = logits if logits.dtype == torch.float64 else logits.float()
         rows = (*scores.shape[:2], -1, scores.shape[-1])
-        marginal, pseudo = _SetReductions.apply(
+        flat = (scores.shape[0], 1, -1, scores.shape[-1])
+        marginal, pseudo, labelled, label, counts = _SetReductions.apply(
             scores.contiguous().view(rows),
             allowed.contiguous().view(rows),
-            where.reshape(scores.shape[0], 1, -1, scores.shape[-1]),
+            where.reshape(flat),
+            None if boxes is None else boxes.voxels.reshape(flat),
+            None if boxes is None else boxes.classes,
+            first,
         )
         number = where.sum().clamp_min(1)
-        return SetLosses(marginal / number, pseudo / number)
+        return SetLosses(
+            marginal / number,
+            pseudo / (number if boxes is None and first == 0 else labelled.clamp_min(1)),
+            label.view(where.shape),
+            counts.view(where.shape),
+        )
 
 
 def marginal_cross_entropy(logits: Tensor, allowed: Tensor, where: Tensor) -> Tensor:
@@ -110,6 +157,6 @@ def marginal_cross_entropy(logits: Tensor, allowed: Tensor, where: Tensor) -> Te
     return set_losses(logits, allowed, where).marginal
 
 
-def pseudo_label_loss(logits: Tensor, allowed: Tensor, where: Tensor) -> Tensor:
+def pseudo_label_loss(logits: Tensor, allowed: Tensor, where: Tensor, boxes: BoxCover | None = None) -> Tensor:
     """The second of set_losses() alone."""
-    return set_losses(logits, allowed, where).pseudo_label
+    return set_losses(logits, allowed, where, boxes).pseudo_label

@@ -23,11 +23,19 @@ class DSPSettings:
         variant: "default", or "released" for the losses of the authors' code.
         dsp_weight: weight of the sum of the four DSP losses.
         image_weight, box_weight, point_weight, mask_weight: of the four among themselves; 0 switches one off.
-        pseudo_label_weight: weight of the cross entropy against the filtered pseudo-label; 0 switches it off.
+        pseudo_label_weight: weight of the loss against the filtered pseudo-label; 0 switches it off.
+        pseudo_label_loss: "nnunet": nnU-Net's own loss (Dice and cross entropy, on all outputs), with the pseudo-labels
+            of the items without mask in the mask's place, and cross entropy where a mask leaves voxels open;
+            "cross_entropy": that alone, everywhere.
+        pseudo_labels_in_boxes: "boxed": inside a box a pseudo-label counts only if it is of a class that has boxes
+            there; "all": every pseudo-label counts.
         pseudo_label_warmup: share of the training, in [0, 1], before pseudo-labels are used.
         marginal_weight: weight of the marginal cross entropy: where there is no mask, the classes that tags, complete
             boxes, points and partial masks rule out share no probability. 0 switches it off.
         masked_fraction: share of a batch drawn from masked cases, in [0, 1], where there are weak ones too.
+        prototypes_from_prompt: the prototypes start as what the labelled voxels of a prompt look like to the network,
+            instead of in random directions. Worth it with -pretrained_weights. Which prompt: as for
+            nnUNetTrainerPrompt ("prompt" in dataset.json, "nnunet_dsp_prompt" in the plans).
         seed: None for nnU-Net's own unseeded training; else training is repeatable on the same hardware.
     """
 
@@ -36,20 +44,25 @@ class DSPSettings:
     embedding_channels: int = 0
     temperature: float = 0.05
     variant: str = "default"
-    dsp_weight: float = 0.1
+    dsp_weight: float = 0.03
     image_weight: float = 1.0
     box_weight: float = 1.0
     point_weight: float = 1.0
     mask_weight: float = 1.0
     pseudo_label_weight: float = 1.0
+    pseudo_label_loss: str = "nnunet"
+    pseudo_labels_in_boxes: str = "boxed"
     pseudo_label_warmup: float = 0.1
     marginal_weight: float = 1.0
     masked_fraction: float = 0.5
+    prototypes_from_prompt: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
         one_of("head", self.head, ("prototype", "standard"))
         one_of("variant", self.variant, ("default", "released"))
+        one_of("pseudo_label_loss", self.pseudo_label_loss, ("nnunet", "cross_entropy"))
+        one_of("pseudo_labels_in_boxes", self.pseudo_labels_in_boxes, ("boxed", "all"))
         for name in ("pseudo_label_warmup", "masked_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -64,6 +77,15 @@ class DSPSettings:
             raise ValueError(f"Expected setting `temperature` to be above 0, but got {self.temperature}.")
         if self.embedding_channels < 0:
             raise ValueError(f"Expected setting `embedding_channels` to be at least 0, got {self.embedding_channels}.")
+        if not isinstance(self.prototypes_from_prompt, bool):
+            raise ValueError(
+                f"Expected setting `prototypes_from_prompt` to be true or false, got {self.prototypes_from_prompt!r}."
+            )
+        if self.prototypes_from_prompt and self.head != "prototype":
+            raise ValueError(
+                f'Setting `prototypes_from_prompt` goes with `head` "prototype", but `head` is {self.head!r}: that is '
+                "nnU-Net's own last layer, which has no prototypes. Leave one of the two out."
+            )
 
     @classmethod
     def from_plans(

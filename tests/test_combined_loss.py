@@ -66,7 +66,7 @@ def test_pseudo_labels_act_on_unmasked_voxels_that_show_the_image_and_nowhere_el
     logits, target, _ = batch(masked=2)
     outside = torch.zeros(4, 8, 8, dtype=torch.bool)
     outside[0, :4] = True
-    settings = DSPSettings(dsp_weight=0.0)
+    settings = DSPSettings(dsp_weight=0.0, pseudo_label_loss="cross_entropy")
     loss = CombinedLoss(nn.Identity(), settings, IGNORE)
     loss.mask_loss.forward = lambda output, target: output.sum() * 0
     loss.knowledge = BatchKnowledge(known(outside=outside), 2)
@@ -114,7 +114,7 @@ def test_a_weight_of_zero_switches_a_term_off_and_leaves_the_others():
         total = loss(logits, target)
         terms = dict(zip(TERMS, loss.terms.tolist(), strict=True))
         totals[name] = total.item() - terms["mask_loss"]
-        assert abs(totals[name] - 0.1 * terms[f"dsp_{name}"]) < 1e-5
+        assert abs(totals[name] - settings.dsp_weight * terms[f"dsp_{name}"]) < 1e-5
     assert len({round(value, 5) for value in totals.values()}) == 3
 
 
@@ -129,3 +129,82 @@ def test_half_precision_outputs_give_finite_losses_and_gradients():
     total.backward()
     assert torch.isfinite(total)
     assert torch.isfinite(half.grad).all()
+
+
+class Targets(Recorder):
+    """Also remembers the targets of every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.targets = []
+
+    def forward(self, output, target):
+        self.targets.append(target)
+        return super().forward(output, target)
+
+
+def test_items_without_mask_learn_from_their_pseudo_labels_by_nnunets_own_loss_on_every_output():
+    logits, target, _ = batch(masked=1)
+    outside = torch.zeros(4, 8, 8, dtype=torch.bool)
+    outside[0, :4] = True
+    in_box = torch.zeros(4, 8, 8, dtype=torch.bool)
+    in_box[1, 2:6, 2:6] = True
+    boxes = {
+        "box_item": torch.tensor([1]),
+        "box_class": torch.tensor([2]),
+        "box_tight": torch.tensor([False]),
+        "box_voxels": in_box.flatten().nonzero()[:, 0],
+        "box_of_voxel": torch.zeros(16, dtype=torch.int64),
+        "box_line": torch.full((16, 2), -1),
+    }
+    loss = CombinedLoss(Targets(), DSPSettings(dsp_weight=0.0, marginal_weight=0.0, pseudo_label_weight=3.0), IGNORE)
+    loss.knowledge = BatchKnowledge(known(outside=outside, **boxes), 1)
+    loss.use_pseudo_labels = True
+    total = loss([logits, logits[..., ::2, ::2]], [target, target[..., ::2, ::2]])
+    (masked, _), (full, half) = loss.mask_loss.targets
+    assert masked.shape[0] == 1
+    assert full.dtype == target.dtype
+    expected = logits[:3].argmax(1)
+    expected[outside[:3]] = IGNORE
+    expected[in_box[:3] & (expected != 2)] = IGNORE
+    assert (expected[1, 2:6, 2:6] == IGNORE).any()
+    assert (expected[1, 2:6, 2:6] == 2).any()
+    assert torch.equal(full[:, 0], expected)
+    assert torch.equal(half[:, 0], expected[:, 1::2, 1::2]), "the nearest voxel, as nnU-Net shrinks its own"
+    torch.testing.assert_close(total, logits[3:].square().mean() + 3 * logits[:3].square().mean())
+
+
+def test_every_pseudo_label_counts_where_the_settings_say_so():
+    logits, target, _ = batch(size=1, masked=0)
+    boxes = {"box_item": torch.tensor([0]), "box_class": torch.tensor([2]), "box_tight": torch.tensor([False])}
+    voxels = {"box_voxels": torch.arange(64), "box_of_voxel": torch.zeros(64, dtype=torch.int64)}
+    for in_boxes, taught in (("all", 64), ("boxed", int((logits.argmax(1) == 2).sum()))):
+        loss = CombinedLoss(Targets(), DSPSettings(dsp_weight=0.0, pseudo_labels_in_boxes=in_boxes), IGNORE)
+        loss.knowledge = BatchKnowledge(known(1, **boxes, **voxels, box_line=torch.full((64, 2), -1)), 0)
+        loss.use_pseudo_labels = True
+        loss(logits, target)
+        assert int((loss.mask_loss.targets[-1] != IGNORE).sum()) == taught
+
+
+def test_voxels_that_a_mask_leaves_open_learn_by_cross_entropy():
+    logits, target, _ = batch(size=2, masked=1)
+    target[1, :, :4] = IGNORE
+    loss = CombinedLoss(Recorder(), DSPSettings(dsp_weight=0.0, marginal_weight=0.0), IGNORE)
+    loss.mask_loss.forward = lambda output, target: output.sum() * 0
+    loss.knowledge = BatchKnowledge(known(2), 1)
+    loss.use_pseudo_labels = True
+    total = loss(logits, target)
+    expected = nn.functional.cross_entropy(logits[1:, :, :4], logits[1:, :, :4].argmax(1))
+    torch.testing.assert_close(total, expected)
+
+
+def test_a_batch_without_weak_items_keeps_ddp_in_step_without_teaching(monkeypatch):
+    logits, target, _ = batch(size=2, masked=2)
+    for distributed, calls in ((False, 1), (True, 2)):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda value=distributed: value)
+        loss = CombinedLoss(Targets(), DSPSettings(dsp_weight=0.0), IGNORE)
+        loss.knowledge = BatchKnowledge(known(2), 2)
+        loss.use_pseudo_labels = True
+        loss(logits, target)
+        assert len(loss.mask_loss.targets) == calls
+        assert not distributed or (loss.mask_loss.targets[1] == IGNORE).all()

@@ -375,7 +375,7 @@ def test_dsp_prototypes_from_a_prompt_classify_it_better_than_random_ones():
     assert not torch.equal(head.prototypes[0], before[0])
     assert all(torch.equal(value, statistics[name]) for name, value in head.transform[0].state_dict().items())
     assert torch.allclose(head.prototypes[[0, 2]].norm(dim=-1), torch.ones(2, 2), atol=1e-5)
-    logits = dsp.eval()(image)[0]
+    logits = dsp(image)[0]
     known = label >= 0
     right = (logits[:, [0, 2]].argmax(1) * 2 == label)[known].float().mean()
     assert right > 0.9

@@ -8,11 +8,11 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_losses import SHAPES, NoLookAtData, to_logits
+from test_losses import SHAPES, NoLookAtData, to_annotations, to_logits
 from test_pseudo_labels import allowed_of
 
 from nnunet_dsp import blocks
-from nnunet_dsp.pseudo_labels import pseudo_label
+from nnunet_dsp.pseudo_labels import box_cover, pseudo_label
 from nnunet_dsp.set_losses import marginal_cross_entropy, pseudo_label_loss, set_losses
 
 
@@ -69,6 +69,36 @@ def test_the_pseudo_label_loss_is_cross_entropy_against_the_pseudo_label(shape):
     torch.testing.assert_close(gradient, expected / where.sum())
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("block", [2**20, 24], ids=["in one piece", "in blocks"])
+def test_inside_a_box_only_pseudo_labels_of_boxed_classes_count(shape, block, monkeypatch):
+    monkeypatch.setattr(blocks, "_BLOCK", block)
+    batch = oracle.random_batch(3, shape, 4)
+    logits, allowed = to_logits(batch), allowed_of(batch)
+    where = torch.rand(2, *shape) < 0.8
+    boxes = box_cover(to_annotations(batch), 4, shape)
+    label = pseudo_label(logits, allowed)
+    boxed = {(box.item, box.label) for box in batch.boxes}
+    inside = {(box.item, voxel) for box in batch.boxes for voxel in box.voxels()}
+    number, total, counts = 0, 0.0, torch.zeros_like(where)
+    for b, *v in where.nonzero().tolist():
+        if (b, tuple(v)) in inside and (b, int(label[(b, *v)])) not in boxed:
+            continue
+        scores = logits[(b, slice(None), *v)].tolist()
+        total += math.log(sum(math.exp(score) for score in scores)) - scores[int(label[(b, *v)])]
+        number, counts[(b, *v)] = number + 1, True
+    assert 0 < number < int(where.sum()), "both kinds of voxels are there"
+    loss = pseudo_label_loss(logits, allowed, where, boxes)
+    assert loss.item() == pytest.approx(total / number, rel=1e-9)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    (expected,) = torch.autograd.grad((F.cross_entropy(logits, label, reduction="none") * counts).sum(), logits)
+    torch.testing.assert_close(gradient, expected / number)
+    both, alone = set_losses(logits, allowed, where, boxes), set_losses(logits, allowed, where)
+    torch.testing.assert_close(both.marginal, alone.marginal)
+    (gradient,), (expected,) = (torch.autograd.grad(x.marginal, logits, retain_graph=True) for x in (both, alone))
+    torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_pseudo_label_loss_is_finite_for_extreme_logits_and_nowhere(dtype):
     logits = (torch.randn(1, 3, 2, 2) * 1e4).to(dtype).requires_grad_()
@@ -109,7 +139,7 @@ def test_each_loss_has_its_own_gradient():
     allowed = torch.rand(2, 3, 4, 5) < 0.7
     allowed[:, 1] |= ~allowed.any(1)
     where = torch.ones(2, 4, 5, dtype=torch.bool)
-    assert torch.autograd.gradcheck(lambda x: tuple(set_losses(x, allowed, where)), (logits,))
+    assert torch.autograd.gradcheck(lambda x: set_losses(x, allowed, where)[:2], (logits,))
 
 
 def test_the_gradient_towards_a_nearly_excluded_class_does_not_vanish():
@@ -125,5 +155,6 @@ def test_the_losses_never_look_at_the_data_from_the_host():
     batch = oracle.random_batch(1, (4, 5), 3)
     logits, allowed = to_logits(batch), torch.rand(2, 3, 4, 5) < 0.5
     where = torch.rand(2, 4, 5) < 0.5
+    boxes = box_cover(to_annotations(batch), 3, (4, 5))
     with NoLookAtData():
-        sum(set_losses(logits, allowed, where)).backward()
+        sum(set_losses(logits, allowed, where, boxes, 1)[:2]).backward()

@@ -32,6 +32,8 @@ def test_settings_come_back_from_the_plans_they_were_written_to():
         ({"num_prototypes": 0}, "`num_prototypes`"),
         ({"temperature": 0}, "`temperature`"),
         ({"embedding_channels": -1}, "`embedding_channels`"),
+        ({"prototypes_from_prompt": 1}, "`prototypes_from_prompt` to be true or false, got 1"),
+        ({"prototypes_from_prompt": True, "head": "standard"}, "`head` is 'standard'"),
         ({"dsp_wieght": 1}, "Did you mean `dsp_weight`"),
         ({"xyz": 1}, "Known: head"),
         ([], "to be an object, but got list"),

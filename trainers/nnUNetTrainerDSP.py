@@ -30,6 +30,9 @@ from nnunet_dsp.data import DSPDataLoader
 from nnunet_dsp.dataset_conversion.prepare import fingerprint_is_contaminated, sync_annotations
 from nnunet_dsp.head import replace_last_layer
 from nnunet_dsp.patch_annotations import CaseAnnotations
+from nnunet_dsp.prompt import initialise_prototypes, unwrapped
+from nnunet_dsp.prompt_settings import PromptSettings
+from nnunet_dsp.prompt_source import CASES_LOOKED_AT, requests_of, source_of
 from nnunet_dsp.settings import PLANS_KEY, DSPSettings
 from nnunet_dsp.training_log import DSPLocalLogger
 from nnunet_dsp.training_set import ANNOTATIONS_FOLDER, find_weak_cases, load_case_annotations
@@ -77,6 +80,11 @@ class nnUNetTrainerDSP(nnUNetTrainer):
                 f"{type(self).__name__} cannot train with regions (dataset.json of {self.plans_manager.dataset_name} "
                 "declares labels that are lists of values): its losses need one class per voxel. "
                 "Declare plain labels and combine them into regions after prediction, or use nnUNetTrainer."
+            )
+        if settings.prototypes_from_prompt and self.is_cascaded:
+            raise NotImplementedError(
+                f"Setting `prototypes_from_prompt` cannot be used with {configuration}: the prompt would need a "
+                "segmentation of the previous stage of its own. Leave it out."
             )
         if self.training_epochs is not None:
             self.num_epochs = self.training_epochs
@@ -334,6 +342,36 @@ class nnUNetTrainerDSP(nnUNetTrainer):
             pin_memory=pin_memory,
             wait_time=0.002,
         )
+
+    # --- prototypes
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.settings.prototypes_from_prompt and self.current_epoch == 0:  # a checkpoint brings its own
+            self._initialise_prototypes()
+
+    def _initialise_prototypes(self) -> None:
+        """Each class's prototypes become what the prompt's voxels of it look like to the network; the same on every
+        rank."""
+        training, _ = self.do_split()
+        weak = set(self._weak_cases(training))
+        groups = [sorted(case for case in training if (case in weak) == without) for without in (False, True)]
+        source = source_of(self, PromptSettings.from_plans(self.plans_manager.plans))
+        windows = source.choose(requests_of(self), [cases[:CASES_LOOKED_AT] for cases in groups])
+        prompt = source.build(windows)
+        network = unwrapped(self.network)
+        found = initialise_prototypes(network, prompt.images, prompt.labels)
+        if self.is_ddp:  # ranks may round differently, and parameters are shared once, before this
+            dist.broadcast(network.decoder.seg_layers[-1].prototypes.data, 0)
+        names = list(source.label_names.values())
+        self.print_to_log_file(
+            f"Prototypes of {', '.join(names[c] for c in found)} start from a prompt: "
+            f"{', '.join(dict.fromkeys(window.case for window in windows))}."
+        )
+        if prompt.missing:
+            self.print_to_log_file(f"The prompt shows no voxel of {', '.join(prompt.missing)}: these start at random.")
+        if self.local_rank == 0:
+            source.show(prompt, Path(self.output_folder))
 
     # --- steps
 

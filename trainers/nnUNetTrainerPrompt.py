@@ -12,18 +12,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_dsp.dataset_conversion.prepare import sync_annotations
-from nnunet_dsp.prompt import PromptNetwork, VotesAsLogits
+from nnunet_dsp.prompt import PromptNetwork, VotesAsLogits, unwrapped
 from nnunet_dsp.prompt_choice import PROMPT_KEY, PromptRequest
 from nnunet_dsp.prompt_settings import PROMPT_PLANS_KEY, PromptSettings
-from nnunet_dsp.prompt_source import PromptSource, requests_of, source_of
+from nnunet_dsp.prompt_source import CASES_LOOKED_AT, PromptSource, requests_of, source_of
 from nnunet_dsp.training_set import find_weak_cases
-
-CASES_LOOKED_AT = 20
-"""Cases in which a prompt is searched, where dataset.json names none: reading all of a large dataset takes minutes."""
 
 
 class nnUNetTrainerPrompt(nnUNetTrainer):
@@ -159,12 +154,7 @@ class nnUNetTrainerPrompt(nnUNetTrainer):
         return loaders
 
     def _prompt_network(self) -> PromptNetwork:
-        network = self.network
-        if isinstance(network, DistributedDataParallel):
-            network = network.module
-        if isinstance(network, OptimizedModule):
-            network = network._orig_mod
-        return cast(PromptNetwork, network)
+        return cast(PromptNetwork, unwrapped(self.network))
 
     def _prompt_groups(self, requests: list[PromptRequest]) -> list[list[str]]:
         """Where to look for a prompt if none is named; see PromptSource.choose()."""

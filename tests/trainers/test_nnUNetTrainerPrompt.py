@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,13 @@ from nnunet_dsp import trainers
 from nnunet_dsp.annotations import AnnotationError
 from nnunet_dsp.prompt import PromptNetwork, VotesAsLogits
 from nnunet_dsp.prompt_settings import PROMPT_PLANS_KEY
-from nnunet_dsp.trainers import nnUNetTrainerPrompt, nnUNetTrainerPrompt_released, nnUNetTrainerPromptOneShot
+from nnunet_dsp.trainers import (
+    nnUNetTrainerDSP,
+    nnUNetTrainerDSP_standardHead,
+    nnUNetTrainerPrompt,
+    nnUNetTrainerPrompt_released,
+    nnUNetTrainerPromptOneShot,
+)
 
 SMALL = {"window": 8, "margin": 2, "max_keys": 64}
 CASES = {f"masked_{number}" for number in range(4)}
@@ -255,3 +262,69 @@ def test_settings_are_kept_in_the_plans_of_the_model(tiny):
 def test_epoch_variants_differ_in_their_length_alone(tiny):
     assert make(tiny, trainers.nnUNetTrainerPrompt_100epochs).num_epochs == 100
     assert make(tiny, trainers.nnUNetTrainerPromptOneShot_250epochs).num_epochs == 250
+
+
+# DSP's prototypes --------------------------------------------------------------------------------------------------
+
+
+def mean_directions(network, image, label, number):
+    """Mean direction of each class's embeddings, by hand; (number, D). BatchNorm is fresh: it centres and scales."""
+    head, seen = network.decoder.seg_layers[-1], []
+    with torch.no_grad():
+        handle = head.register_forward_pre_hook(lambda _, given: seen.append(given[0][0].flatten(1).double()))
+        network(image)
+        handle.remove()
+        norm, first, _, second = head.transform
+        x = (seen[0] - seen[0].mean(1, keepdim=True)) / (seen[0].var(1, correction=0, keepdim=True) + norm.eps).sqrt()
+        x = first.weight.double().flatten(1) @ x + first.bias.double()[:, None]
+        x = second.weight.double().flatten(1) @ torch.where(x > 0, x, 0.1 * x) + second.bias.double()[:, None]
+        x = x / x.norm(dim=0)
+        means = torch.stack([x[:, label.flatten() == c].mean(1) for c in range(number)])
+    return means / means.norm(dim=1, keepdim=True)
+
+
+def test_dsp_starts_from_what_the_prompt_looks_like_and_a_resumed_training_does_not(tiny, monkeypatch):
+    tiny.dataset_json["prompt"] = {"case": "masked_2", "bbox": [[2, 18], [3, 19]]}
+    settings = {"prototypes_from_prompt": True, "num_prototypes": 1, "seed": 4}
+    trainer = tiny.trainer(nnUNetTrainerDSP, fold="all", settings=settings)
+    trainer.num_epochs = 2
+    trainer.on_train_start()
+    image, segmentation, _, _ = trainer.dataset_class(str(tiny.folder), ["masked_2"]).load_case("masked_2")
+    part = np.s_[2:18, 3:19]
+    label = torch.from_numpy(segmentation[:][0, 0][part].astype(int))
+    expected = mean_directions(trainer.network, torch.from_numpy(image[:][:, 0][(slice(None), *part)])[None], label, 3)
+    prototypes = trainer.network.decoder.seg_layers[-1].prototypes.detach()
+    torch.testing.assert_close(prototypes[:, 0], expected.float(), atol=1e-5, rtol=0)
+    assert "Prototypes of background, cell, nucleus start from a prompt: masked_2" in log_of(tiny)
+    (window,) = json.loads(prompt_file(trainer).read_text())["windows"]
+    assert window["bbox"] == [[2.0, 18.0], [3.0, 19.0]] and prompt_file(trainer).with_name("prompt.png").is_file()
+
+    with torch.no_grad():  # as if the first epoch had moved them
+        trained = trainer.network.decoder.seg_layers[-1].prototypes.mul_(2).clone()
+    file = str(prompt_file(trainer).parent / "checkpoint_latest.pth")
+    trainer.save_checkpoint(file)
+    resumed = tiny.trainer(nnUNetTrainerDSP, fold="all", settings=settings)
+    resumed.num_epochs = 2
+    resumed.load_checkpoint(file)
+    monkeypatch.setattr(nnUNetTrainerDSP, "_initialise_prototypes", lambda *_: pytest.fail("initialised again"))
+    resumed.on_train_start()
+    assert torch.equal(resumed.network.decoder.seg_layers[-1].prototypes, trained)
+
+
+def test_dsp_looks_for_a_prompt_in_masks_first_and_then_in_what_weak_cases_say(tiny):
+    settings = {"prototypes_from_prompt": True}
+    for split in (["masked_1", "weak_0"], ["weak_0", "unlabelled"]):
+        (tiny.base / "splits_final.json").write_text(json.dumps([{"train": split, "val": ["masked_3"]}]))
+        tiny.trainer(nnUNetTrainerDSP, fold=0, settings=settings).on_train_start()
+    assert set(re.findall(r"start from a prompt: (.*)\.", log_of(tiny))) == {"masked_1", "weak_0"}
+    assert "The prompt shows no voxel of cell" in log_of(tiny), "the points of weak_0 are of nucleus and background"
+
+
+def test_dsp_without_prototypes_or_in_a_cascade_takes_no_prompt(tiny):
+    settings = {"prototypes_from_prompt": True}
+    with pytest.raises(ValueError, match="goes with `head` \"prototype\", but `head` is 'standard'"):
+        tiny.trainer(nnUNetTrainerDSP_standardHead, settings=settings)
+    first = tiny.trainer(nnUNetTrainerDSP).plans_manager.plans["configurations"]["2d"]
+    cascade = {"2d": {**first, "previous_stage": "2d_low"}}
+    with pytest.raises(NotImplementedError, match="`prototypes_from_prompt` cannot be used with 2d"):
+        tiny.trainer(nnUNetTrainerDSP, settings=settings, configurations=cascade)
