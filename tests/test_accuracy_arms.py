@@ -49,11 +49,17 @@ def grid_of(arms, settings=("mixed",), masks=(3,), weak=("rest",), seeds=(0,), f
         ("dsp:released", "weak", f"{DSP}_released", None, {}),
         ("dsp-loss", "weak", DSP, None, {"dsp_weight": 0.0}),
         ("dsp:tags-pseudo-head", "weak", DSP, ("tags",), {"pseudo_label_weight": 0.0, "head": "standard"}),
+        ("masks:pretrained", "masks", VANILLA, None, {}),
+        ("dsp:points-head:pretrained", "weak", DSP, ("points",), {"head": "standard"}),
+        ("prompt:oneshot:pretrained", "oneshot", "nnUNetTrainerPromptOneShot", None, {}),
+        ("ignore:second", "ignore", VANILLA, None, {}),
+        ("prompt:partial:pretrained:second", "ignore", "nnUNetTrainerPrompt", ("rectangles",), {}),
     ],
 )
 def test_an_arm_is_what_its_name_says(name, source, trainer, kinds, options):
     arm = parse_arm(name)
     assert (arm.name, arm.source, arm.trainer, arm.kinds, dict(arm.options)) == (name, source, trainer, kinds, options)
+    assert (arm.pretrained, arm.second) == (":pretrained" in name, ":second" in name)
 
 
 @pytest.mark.parametrize("part", WITHOUT)
@@ -70,6 +76,12 @@ def test_every_part_that_can_be_left_out_is_a_setting_of_the_trainer(part):
         ("dsp:", "expected kinds"),
         ("dsp-looss", "'looss' that could be left out. Did you mean loss"),
         ("prompt:sometimes", "no arm 'prompt:sometimes'"),
+        ("mask:pretrained", "no arm 'mask'. Did you mean masks"),
+        ("masks:second", "masks has no partly annotated images. `selftrain` is the masks arm with a second network"),
+        ("prompt:oneshot:second", "prompt:oneshot has no partly annotated images.$"),
+        ("selftrain:second", "selftrain is one already"),
+        ("ignore:second:pretrained", "starts anew. ignore:pretrained:second pre-trains the first"),
+        ("dsp:pretrained:pretrained", "stands there twice"),
     ],
 )
 def test_an_unknown_arm_is_refused_with_the_nearest_one(name, message):
@@ -84,6 +96,7 @@ def test_a_trainer_of_the_users_own_is_an_arm():
     )
     assert parse_custom_arm("a=T").source == "weak"
     assert parse_custom_arm("a=T@full").source == "full"
+    assert parse_custom_arm("a=T@oneshot:temperature=0.2").source == "oneshot"
     assert parse_custom_arm("a=T@unlabelled").kinds == ()
     assert dict(parse_custom_arm("a=T:list=[1,2],b=3").options) == {"list": [1, 2], "b": 3}
 
@@ -191,7 +204,67 @@ def test_the_partial_prompt_sees_what_the_ignore_arm_sees_of_rectangles():
     assert partial.data == run["ignore", "masks+rectangles"].data
     assert partial.trainer == "nnUNetTrainerPrompt"
     assert ("prompt:partial", "masks+points") not in run
-    assert run["prompt:oneshot", "masks+points"].data == Data("masks", 3)
+
+
+def test_one_shot_trains_on_the_first_masked_case_whatever_the_counts():
+    grid = grid_of(["prompt:oneshot"], ["masks+rectangles", "masks+points"], masks=(0, 1, 3, 10), weak=(0,))
+    data = {(row.setting, row.masks): grid.runs[row.run].data for row in grid.rows}
+    two = Data("masks", 2, prompt_from="mask")
+    for setting in ("masks+rectangles", "masks+points"):
+        assert [data[setting, masks] for masks in (1, 3, 10)] == [Data("masks", 1), two, two]
+    assert len(grid.left_out) == 2, "without a mask there is nothing to train on"
+    (run,) = grid_of(["prompt:oneshot"], ["masks+rectangles"], masks=(1, 3)).runs.values()
+    assert run.data == Data("ignore", 1, 1, kinds=("rectangles",), prompt_from="rectangle")
+
+
+def test_pre_training_is_done_once_for_all_arms_counts_and_seeds_that_start_from_it():
+    names = ["masks", "full", "ignore", "dsp", "dsp-loss", "prompt:oneshot", "prompt:partial"]
+    arms = [*names, *(f"{name}:pretrained" for name in names)]
+    grid = grid_of(arms, ["masks+rectangles"], masks=(1, 3), seeds=(0, 1))
+    before = {run.id: run for run in grid.runs.values() if run.is_pretraining}
+    assert {run.trainer for run in before.values()} == {VANILLA, "nnUNetTrainerPrompt"} and len(before) == 2
+    for row in grid.rows:
+        run = grid.runs[row.run]
+        if row.arm.endswith(":pretrained"):
+            wanted = "nnUNetTrainerPrompt" if row.arm.startswith("prompt") else VANILLA
+            assert before[run.pretrained].trainer == wanted
+            assert (grid.depth(run), grid.depth(before[run.pretrained])) == (1, 0)
+        else:
+            assert run.pretrained is None
+    ids = list(grid.runs)
+    assert all(ids.index(run.pretrained) < ids.index(run.id) for run in grid.runs.values() if run.pretrained)
+
+
+def test_pre_training_has_the_options_that_shape_a_prompt_network_but_names_no_case():
+    custom = {"a": parse_custom_arm("a=nnUNetTrainerPromptOneShot@masks:embedding_channels=8,one_shot_case=x")}
+    first, second = grid_of(["a:pretrained"], custom=custom).runs.values()
+    assert (first.trainer, dict(first.options)) == ("nnUNetTrainerPrompt", {"embedding_channels": 8})
+    assert dict(second.options) == {"embedding_channels": 8, "one_shot_case": "x"}
+
+
+def test_a_second_network_learns_what_the_first_predicts():
+    grid = grid_of(["prompt:partial:pretrained:second", "ignore:second"], ["masks+rectangles"], masks=(0,))
+    run = {row.arm: grid.runs[row.run] for row in grid.rows}
+    for arm, trainer in (("prompt:partial:pretrained:second", "nnUNetTrainerPrompt"), ("ignore:second", VANILLA)):
+        first = grid.runs[run[arm].needs]
+        assert (first.trainer, first.data) == (trainer, Data("ignore", 0, 10, kinds=("rectangles",)))
+        assert (run[arm].trainer, run[arm].data.source, run[arm].pretrained) == (VANILLA, "second", None)
+    assert run["ignore:second"].data.name != run["prompt:partial:pretrained:second"].data.name
+    assert grid.depth(run["prompt:partial:pretrained:second"]) == 2
+    assert grid_of(["ignore:second"], ["masks+tags"]).left_out == {
+        "ignore:second in masks+tags with 3 masks": "no image is left to predict"
+    }
+
+
+def test_self_training_from_pre_trained_weights_has_pseudo_labels_of_its_own():
+    grid = grid_of(["selftrain", "selftrain:pretrained"])
+    plain, pretrained = (grid.runs[row.run] for row in grid.rows)
+    assert plain.data == Data("pseudo", 3, 7), "the folders of earlier versions keep their names"
+    assert pretrained.data.name != plain.data.name
+    assert grid.runs[pretrained.needs].pretrained == pretrained.pretrained is not None
+    custom = {"a": parse_custom_arm("a=T@pseudo")}
+    other = grid_of(["a"], custom=custom)
+    assert other.runs[other.rows[0].run].data.name != plain.data.name, "another trainer predicts something else"
 
 
 def test_an_arm_without_its_kind_in_the_setting_is_left_out_and_said_so():
@@ -225,31 +298,40 @@ def test_counts_beyond_the_cases_are_refused(changes, message):
 
 DATA = st.builds(
     Data,
-    st.sampled_from(["full", "masks", "weak", "ignore", "pseudo"]),
+    st.sampled_from(["full", "masks", "weak", "ignore", "pseudo", "second", "pretrain"]),
     st.integers(0, 3),
     st.integers(0, 3),
     st.integers(0, 2),
     st.lists(st.sampled_from(KINDS), unique=True, max_size=2).map(tuple),
     st.sampled_from([(), ("tags", "points")]),
+    st.sampled_from(["", "mask"]),
+    st.sampled_from(["", "m1__A", "m1__A__pretrained", "m1__B__b=0.5"]),
 )
 OPTIONS = st.dictionaries(st.sampled_from("ab"), st.sampled_from([0.5, 1, "x y", None]), max_size=2)
 RUNS = st.builds(
-    Run, DATA, st.sampled_from(["A", "B"]), OPTIONS.map(lambda d: tuple(sorted(d.items()))), st.integers(0, 2)
+    Run,
+    DATA,
+    st.sampled_from(["A", "B"]),
+    OPTIONS.map(lambda d: tuple(sorted(d.items()))),
+    st.integers(0, 2),
+    pretrained=st.sampled_from([None, "pretrain__A"]),
 )
 
 
 def sees(run):
     """All that tells two runs apart: of a source only what it uses, and the seed of its cases is that of its run."""
     data = run.data
-    parts = [data.source, run.trainer, repr(run.options)]
+    parts = [data.source, run.trainer, repr(run.options), run.pretrained]
     if data.source == "full":
         return (*parts, run.seed)
+    if data.source == "pretrain":
+        return parts
     parts += [data.masks, data.seed]
     if data.source != "masks":
         parts.append(data.weak)
-    if data.source in ("weak", "ignore"):
+    if data.source in ("weak", "ignore", "second"):
         parts.append(data.kinds)
-    return (*parts, data.dealt)
+    return (*parts, data.dealt, data.prompt_from, data.made_by)
 
 
 @given(RUNS, RUNS)

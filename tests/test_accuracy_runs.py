@@ -22,7 +22,7 @@ FULL = "full__nnUNetTrainer__s0"
 DSP = "m2_w4_s0_weak_tags-points-boxes__nnUNetTrainerDSP"
 SELF = "m2_w4_s0_pseudo__nnUNetTrainer"
 IGNORE = "m2_w4_s0_ignore_points-boxes__nnUNetTrainer"
-WRONG_ROWS = {"full": 0, "weak": 1, "pseudo": 3, "ignore": 4, "masks": 6}
+WRONG_ROWS = {"full": 0, "weak": 1, "second": 2, "pseudo": 3, "ignore": 4, "masks": 6}
 """How many rows of a prediction are background, whatever they show: what an arm is worth here."""
 
 
@@ -87,6 +87,24 @@ class Played:
         (folder / "nnUNetPlansBenchmark.json").write_text(json.dumps(plans))
         self._preprocess(raw, folder)
 
+    def extract_fingerprint(self, place, words, on_line):
+        (raw,) = place.raw.glob(f"Dataset{int(self.value(words, '-d')):03d}_*")
+        (place.preprocessed / raw.name).mkdir()
+        (place.preprocessed / raw.name / "dataset_fingerprint.json").write_text("{}")
+
+    def move_plans_between_datasets(self, place, words, on_line):
+        source, target = (
+            next(place.raw.glob(f"Dataset{int(self.value(words, flag)):03d}_*")).name for flag in ("-s", "-t")
+        )
+        plans = json.loads((place.preprocessed / source / f"{self.value(words, '-sp')}.json").read_text())
+        plans |= {"dataset_name": target, "plans_name": self.value(words, "-tp")}
+        (place.preprocessed / target / f"{plans['plans_name']}.json").write_text(json.dumps(plans))
+
+    def nnunet_dsp(self, place, words, on_line):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("nnUNet_raw", str(place.raw))
+            assert main(words[1:]) == 0
+
     def preprocess(self, place, words, on_line):
         (raw,) = place.raw.glob(f"Dataset{int(self.value(words, '-d')):03d}_*")
         self._preprocess(raw, place.preprocessed / raw.name)
@@ -107,7 +125,9 @@ class Played:
         assert content["dataset_name"] == dataset
         model = place.results / dataset / f"{self.value(words, '-tr')}__{plans}__2d"
         fold = model / "fold_all"
+        assert "-pretrained_weights" not in words or Path(self.value(words, "-pretrained_weights")).is_file()
         if "--c" in words:
+            assert "-pretrained_weights" not in words, "nnU-Net refuses both"
             assert any(zipfile.is_zipfile(file) for file in fold.glob("*.pth")), "there is nothing to continue"
         else:
             assert not fold.exists(), "a new training starts in a new folder"
@@ -359,6 +379,7 @@ def test_arms_differ_in_labels_and_trainer_only(benchmark):
         "seed": 0,
         "optimizer": "adamw",
         "initial_lr": 0.01,
+        "precision": "float32",
     }
 
 
@@ -534,6 +555,201 @@ def test_a_run_whose_first_round_failed_is_not_tried(benchmark):
     assert f"{MASKS}, whose predictions it needs, failed" in err
     assert "m2_w4_s0_pseudo" not in benchmark.trained()
     assert "full" in benchmark.trained(), "the others go on"
+
+
+# --- pre-training
+
+
+@pytest.fixture
+def other(source):
+    """Another dataset: three cases, with one class of another name."""
+    folder = source.parent / "Dataset008_Other"
+    for kind in ("images", "labels"):
+        (folder / f"{kind}Tr").mkdir(parents=True)
+    for number in range(20, 23):
+        image, mask = image_and_mask(number)
+        imsave(folder / "imagesTr" / f"toy_{number - 20}_0000.png", image, check_contrast=False)
+        imsave(folder / "labelsTr" / f"toy_{number - 20}.png", (mask > 0).astype(np.uint8), check_contrast=False)
+    content = {"channel_names": {"0": "LM"}, "labels": {"background": 0, "membrane": 1}}
+    content |= {"numTraining": 3, "file_ending": ".png"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_pretrained_arms_start_from_one_training_on_the_other_dataset(benchmark, other):
+    arms = ("masks", "masks:pretrained", "full:pretrained", "prompt:oneshot:pretrained")
+    words = ("--pretrain", "8", "--pretrain-epochs", "2", "--arms", *arms, "--seeds", "0", "1")
+    status, out, _ = benchmark(*words)
+    assert status == 0 and "All 8 runs have finished" in out
+    assert benchmark.trained()[-1] != "pretrain" and benchmark.trained().count("pretrain") == 2
+    started = {}
+    for words in benchmark.played.of("train"):
+        weights = Played.value(words, "-pretrained_weights") if "-pretrained_weights" in words else None
+        started[words[1].split("_", 1)[1], Played.value(words, "-tr"), Played.value(words, "-p")] = weights
+    assert sum(weights is not None for weights in started.values()) == 6
+    for (dataset, trainer, plans), weights in started.items():
+        assert (weights is None) == ("pretrained" not in plans), dataset
+        wanted = "nnUNetTrainerPrompt_benchmark__" if "Prompt" in trainer else "nnUNetTrainer_benchmark__"
+        assert weights is None or f"_pretrain/{wanted}" in weights
+    raw = benchmark.raw("pretrain")
+    assert {(raw / "labelsTr" / f"toy_{n}.png").read_bytes() for n in range(3)} == {
+        file.read_bytes() for file in (other / "labelsTr").iterdir()
+    }
+    files = [
+        benchmark.folder / "nnUNet_preprocessed" / name / "Benchmark.json" for name in (raw.name, "Dataset001_full")
+    ]
+    moved, planned = (json.loads(file.read_text()) for file in files)
+    assert moved == {**planned, "dataset_name": raw.name}, "the plans are those of the benchmark's dataset"
+    record = benchmark.record(f"{MASKS}__pretrained")
+    before = benchmark.record(record["pretrained"])
+    assert (before["schedule"]["num_epochs"], record["schedule"]["num_epochs"]) == (2, 3)
+    assert before["per_case"] == {} and not (benchmark.folder / "runs" / record["pretrained"] / "predictions").exists()
+    report = (benchmark.folder / "report.md").read_text()
+    assert "all masks of Dataset008_Other by the plans of this dataset, 2 epochs" in report
+    assert "`pretrain__nnUNetTrainer` | - |" in report, "what was pre-trained stands among the runs"
+    assert {row["arm"] for row in rows_of(benchmark.folder / "table.csv")} == set(arms)
+    pairs = {(row["first"], row["second"]) for row in rows_of(benchmark.folder / "tests.csv")}
+    assert ("prompt:oneshot:pretrained", "masks:pretrained") in pairs
+    benchmark.played.calls.clear()
+    assert benchmark(begin=False)[0] == 0 and not benchmark.trained(), "the next call knows it all"
+
+
+def test_an_interrupted_pretrained_run_continues_from_its_checkpoint_or_starts_from_the_weights_again(benchmark, other):
+    for how, flag in (("saved", "--c"), ("broken", "-pretrained_weights")):
+        benchmark.played.fail["full"] = how
+        arm = {"saved": "full:pretrained", "broken": "dsp:pretrained"}[how]
+        words = ("--masks", "6", "--weak", "rest") if how == "broken" else ()
+        assert benchmark("--pretrain", "8", "--arms", arm, *words)[0] == 1
+        benchmark.played.calls.clear()
+        assert benchmark(begin=False)[0] == 0
+        (training,) = [words for words in benchmark.played.of("train") if words[1] == "Dataset001_full"]
+        assert flag in training
+
+
+def test_pre_training_that_fails_keeps_its_arms_from_being_tried(benchmark, other):
+    benchmark.played.fail["pretrain"] = "saved"
+    status, _, err = benchmark("--pretrain", "8", "--arms", "masks:pretrained", "selftrain:pretrained", "full")
+    assert status == 1
+    assert "pretrain__nnUNetTrainer, whose weights it needs, failed" in err
+    assert set(benchmark.trained()) == {"pretrain", "full"}
+
+
+def test_pre_training_can_be_asked_for_later_but_not_changed(benchmark, other):
+    assert benchmark("--arms", "masks")[0] == 0
+    status, _, err = benchmark("--arms", "masks", "masks:pretrained", begin=False)
+    assert status == 1 and "pre-trained on what? Name a dataset with masks: --pretrain DATASET" in err
+    status, out, _ = benchmark("--arms", "masks:pretrained", "--pretrain", "8", "--plan", begin=False)
+    assert status == 0 and f"{MASKS}__pretrained, after pretrain__nnUNetTrainer " in out
+    _, out, _ = benchmark("--arms", "masks:pretrained", "--pretrain", "Dataset008_Other", "--commands", begin=False)
+    assert [line.split()[-1] for line in out.splitlines()] == ["pretrain__nnUNetTrainer", f"{MASKS}__pretrained"]
+    label = other / "labelsTr" / "toy_1.png"
+    content = label.read_bytes()
+    imsave(label, np.zeros((SIZE, SIZE), np.uint8), check_contrast=False)
+    status, _, err = benchmark(begin=False)
+    assert status == 1 and "toy_1.png has changed since this benchmark began" in err
+    label.write_bytes(content)
+    assert benchmark("--run", f"{MASKS}__pretrained", begin=False)[0] == 0
+    assert benchmark.trained() == ["m2_s0_masks", "pretrain", "m2_s0_masks"]
+    status, _, err = benchmark("--pretrain", "8", "--pretrain-epochs", "9", begin=False)
+    assert status == 1 and "--pretrain-epochs: not given there, 9 now" in err
+    label.unlink()
+    assert benchmark("--arms", "prompt:oneshot:pretrained", begin=False)[0] == 0, "it is preprocessed in DIR by now"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "dataset", "message"),
+    [
+        (lambda other, own: None, "7", "Dataset007_Toy is the dataset that is benchmarked"),
+        (lambda other, own: None, "9", "no dataset with id 009"),
+        (
+            lambda other, own: (other / "labelsTr" / "toy_1.png").unlink(),
+            "8",
+            "1 cases of Dataset008_Other have no mask",
+        ),
+        (
+            lambda other, own: (other / "imagesTr" / "toy_1_0000.png").write_bytes(
+                (own / "imagesTs" / "toy_7_0000.png").read_bytes()
+            ),
+            "8",
+            "toy_1_0000.png is the image of toy_7, which the benchmark evaluates on",
+        ),
+        (
+            lambda other, own: (other / "dataset.json").write_text(
+                (other / "dataset.json").read_text().replace('{"0": "LM"}', '{"0": "R", "1": "G", "2": "B"}')
+            ),
+            "8",
+            "has 3 image channel(s), and Dataset007_Toy has 1",
+        ),
+    ],
+)
+def test_a_dataset_that_is_no_use_for_pre_training_is_refused(benchmark, other, spoil, dataset, message):
+    spoil(other, benchmark.source)
+    status, _, err = benchmark("--pretrain", dataset, "--arms", "masks:pretrained")
+    assert status == 1
+    assert message in err
+    assert not benchmark.trained()
+
+
+# --- prompts and second networks
+
+
+def test_one_shot_has_one_mask_and_the_rectangle_of_another_case_as_prompt(benchmark):
+    words = (
+        "--settings",
+        "masks+rectangles",
+        "--rectangle",
+        "8",
+        "--masks",
+        "1",
+        "3",
+        "--arms",
+        "masks",
+        "prompt:oneshot",
+    )
+    assert benchmark(*words)[0] == 0
+    folder = benchmark.raw("m1_w1_s0_ignore_rectangles_prompt-rectangle")
+    record = benchmark.record("m1_w1_s0_ignore_rectangles_prompt-rectangle__nnUNetTrainerPromptOneShot")
+    (trained,) = (case for case, kinds in record["cases"].items() if kinds == ["mask"])
+    (prompt,) = (case for case, kinds in record["cases"].items() if kinds == ["rectangles"])
+    masked = benchmark.record("m1_s0_masks__nnUNetTrainer")["cases"]
+    assert list(masked) == [trained], "vanilla nnU-Net trains on the same case"
+    named = json.loads((folder / "dataset.json").read_text())["prompt"]
+    (y0, y1), (x0, x1) = named["bbox"]
+    assert named["case"] == prompt and (imread(folder / "labelsTr" / f"{prompt}.png")[y0:y1, x0:x1] != 3).sum() == 64
+    assert (y1 - y0, x1 - x0) == (8, 8)
+    assert (imread(folder / "labelsTr" / f"{trained}.png") != 3).all()
+    assert (imread(folder / "labelsTr" / f"{prompt}.png") != 3).sum() == 64
+    assert benchmark.trained().count(folder.name.split("_", 1)[1]) == 1, "further masks change nothing"
+    benchmark("--settings", "masks+points", "--masks", "2", begin=False)
+    record = benchmark.record("m2_s0_masks_prompt-mask__nnUNetTrainerPromptOneShot")
+    named = json.loads((benchmark.raw("m2_s0_masks_prompt-mask") / "dataset.json").read_text())["prompt"]["case"]
+    assert set(record["cases"]) == {trained, named} and named != trained
+
+
+def test_rectangles_alone_are_a_setting_and_second_networks_learn_what_the_first_predict(benchmark):
+    words = ("--settings", "masks+rectangles", "--rectangle", "8", "--masks", "0", "--weak", "4")
+    arms = ("ignore", "prompt:partial", "dsp", "prompt:partial:second", "ignore:second")
+    status, out, _ = benchmark(*words, "--arms", *arms, "masks")
+    assert status == 0 and "All 5 runs have finished" in out
+    first = benchmark.raw("m0_w4_s0_ignore_rectangles")
+    cases = sorted(file.stem for file in (first / "labelsTr").iterdir())
+    assert len(cases) == 4
+    for trainer in ("nnUNetTrainer", "nnUNetTrainerPrompt"):
+        second = benchmark.raw(f"m0_w4_s0_second_rectangles_{trainer}")
+        assert "ignore" not in json.loads((second / "dataset.json").read_text())["labels"]
+        for case in cases:
+            annotated = imread(first / "labelsTr" / f"{case}.png")
+            _, predicted = image_and_mask(int(case.split("_")[1]))
+            predicted[4 : 4 + WRONG_ROWS["ignore"]] = 0
+            expected = np.where(annotated == 3, predicted, annotated)
+            np.testing.assert_array_equal(imread(second / "labelsTr" / f"{case}.png"), expected)
+    table = {row["arm"]: row for row in rows_of(benchmark.folder / "table.csv")}
+    assert set(table) == set(arms) and len({row["minutes"] for row in table.values()}) == 1
+    assert float(table["prompt:partial:second"]["Dice"]) == pytest.approx(truth_dice("second"))
+    pairs = {(row["first"], row["second"]) for row in rows_of(benchmark.folder / "tests.csv")}
+    assert {("prompt:partial:second", "ignore"), ("prompt:partial:second", "ignore:second")} <= pairs
+    assert "in each of two rounds" in (benchmark.folder / "report.md").read_text()
+    assert not list((benchmark.folder / "runs").rglob("predicted_training"))
 
 
 def test_the_report_follows_the_prices(benchmark):

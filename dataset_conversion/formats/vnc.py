@@ -1,8 +1,9 @@
 """ssTEM of a Drosophila larva's ventral nerve cord: stack1 of github.com/unidesigner/groundtruth-drosophila-vnc.
 
 Expects stack1/raw/*.tif and stack1/labels/*.png of the same size, one per section. The five membrane codes become one
-class. Training and test are split by section, with sections in between that are used for neither, for neighbours look
-alike.
+class. --classes keeps some of the classes, say membrane to pre-train for another stack, and counts the rest as
+background. Training and test are split by section, with sections in between that are used for neither, for neighbours
+look alike.
 
 Source: Gerhard et al., Segmented anisotropic ssTEM dataset of neural tissue, figshare 2013, doi
     10.6084/m9.figshare.856713.
@@ -34,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-d", dest="dataset_id", metavar="ID", type=int, required=True, help="id of the new dataset, 1 to 999"
     )
     parser.add_argument("--name", default="VNC", help="name of the new dataset (default: %(default)s)")
+    parser.add_argument(
+        "--classes",
+        metavar="CLASS",
+        nargs="+",
+        default=list(LABELS)[1:],
+        help="classes to keep; what else there is becomes background (default: %(default)s)",
+    )
     parser.add_argument(
         "--downsample",
         metavar="N",
@@ -111,6 +119,21 @@ def merge_codes(codes: np.ndarray, source: str) -> np.ndarray:
     return table[codes]
 
 
+def keep_classes(names: Sequence[str]) -> tuple[dict[str, int], np.ndarray]:
+    """Labels of a dataset with these classes only, numbered in the order of LABELS; and a table from LABELS to them.
+
+    Raises:
+        ValueError: an unknown class, by name.
+    """
+    there = [name for name in LABELS if name != "background"]
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise ValueError(f"--classes: there is no class {', '.join(unknown)} to keep; there are {', '.join(there)}.")
+    kept = {"background": 0}
+    kept.update({name: number for number, name in enumerate((n for n in there if n in names), start=1)})
+    return kept, np.array([kept.get(name, 0) for name in LABELS], np.uint8)
+
+
 def choose_sections(numbers: Sequence[int], test: Sequence[int] | None, gap: int) -> tuple[list[int], list[int]]:
     """Section numbers for training and for test; those nearer than `gap` + 1 to a test section are in neither."""
     if test is None:
@@ -124,17 +147,17 @@ def choose_sections(numbers: Sequence[int], test: Sequence[int] | None, gap: int
     return train, sorted(test)
 
 
-def _convert_section(job: tuple[int, Path, Path, Path, Path, int, int]) -> tuple[int, list[str], list[int]]:
+def _convert_section(job: tuple[int, Path, Path, Path, Path, int, int, np.ndarray]) -> tuple[int, list[str], list[int]]:
     from skimage import io
 
-    number, raw_file, label_file, images, labels, downsample, crop = job
+    number, raw_file, label_file, images, labels, downsample, crop, table = job
     image, codes = io.imread(raw_file), io.imread(label_file)
     if image.ndim != 2 or image.dtype != np.uint8 or image.shape != codes.shape or codes.dtype != np.uint8:
         raise ValueError(
             f"{raw_file} and {label_file}: expected two uint8 images of one shape (y, x), but got "
             f"{image.dtype} {image.shape} and {codes.dtype} {codes.shape}."
         )
-    mask = block_majority(merge_codes(codes, str(label_file)), downsample, len(LABELS))
+    mask = block_majority(table[merge_codes(codes, str(label_file))], downsample, len(LABELS))
     image = block_mean(image, downsample)
     size = (crop, crop) if crop else image.shape
     if min(image.shape) < crop:
@@ -156,6 +179,7 @@ def run(args: argparse.Namespace) -> int:
             f"Expected --downsample of 1 or more, --crop and --gap of 0 or more, but got {args.downsample}, "
             f"{args.crop} and {args.gap}."
         )
+    labels_kept, table = keep_classes(args.classes)
     sections = find_sections(args.source)
     train, test = choose_sections(list(sections), args.test_sections, args.gap)
     target = raw_dataset.new_dataset_folder(args.dataset_id, args.name, overwrite=args.overwrite)
@@ -165,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
             images, labels = folder / f"images{part}", folder / f"labels{part}"
             images.mkdir()
             labels.mkdir()
-            jobs += [(n, *sections[n], images, labels, args.downsample, args.crop) for n in numbers]
+            jobs += [(n, *sections[n], images, labels, args.downsample, args.crop, table) for n in numbers]
         groups: dict[int, list[str]] = {}
         lost = [0, 0]  # rows and columns that fill no crop, at most
         for number, cases, rest in map_cases(
@@ -178,12 +202,13 @@ def run(args: argparse.Namespace) -> int:
         raw_dataset.write_dataset_json(
             folder,
             channel_names=["EM"],
-            labels=LABELS,
+            labels=labels_kept,
             num_training=num_training,
             file_ending=".png",
             licence="CC BY-NC-SA 3.0",
             reference="https://doi.org/10.6084/m9.figshare.856713",
-            description="ssTEM of Drosophila ventral nerve cord; background: intracellular, glia: or extracellular",
+            description="ssTEM of Drosophila ventral nerve cord; background: intracellular"
+            + (", glia: or extracellular" if len(labels_kept) == len(LABELS) else ", or a class that was not kept"),
         )
         splits = split_by_group(training, gap=args.gap)
         if splits:

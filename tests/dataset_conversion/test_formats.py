@@ -113,6 +113,18 @@ def test_vnc_crops_tile_the_shrunken_section(stack, nnunet, call, read):
                     assert abs(picture[i, j] - image[rows : rows + 2, columns : columns + 2].mean()) <= 0.5
 
 
+def test_vnc_classes_that_are_not_kept_become_background(stack, nnunet, call, read):
+    source, codes = stack
+    for number, kept in ((7, ["membrane"]), (8, ["synapse", "membrane"])):
+        assert call(convert, "vnc", source, "-d", number, "--classes", *kept) == 0
+        folder = nnunet / f"Dataset{number:03d}_VNC"
+        values = {"membrane": 1, "synapse": 2} if "synapse" in kept else {"membrane": 1}
+        assert json.loads((folder / "dataset.json").read_text())["labels"] == {"background": 0, **values}
+        value_of = {1: 1, 4: values.get("synapse", 0)}
+        expected = np.vectorize(lambda code, of=value_of: of.get(CLASS_OF[code], 0))(codes[3])
+        assert np.array_equal(read(folder / "labelsTr" / "vnc_s03.png"), expected)
+
+
 @pytest.mark.parametrize(
     ("spoil", "arguments", "message"),
     [
@@ -126,6 +138,8 @@ def test_vnc_crops_tile_the_shrunken_section(stack, nnunet, call, read):
         (lambda s: None, ["--gap", 8], "No section is left for training"),
         (lambda s: None, ["--crop", 25], "a crop of 25 pixels does not fit"),
         (lambda s: None, ["--downsample", 0], "Expected --downsample of 1 or more"),
+        (lambda s: None, ["--classes", "membrane", "glea"], "no class glea to keep; there are membrane, glia, mito"),
+        (lambda s: None, ["--classes", "background"], "no class background to keep"),
     ],
 )  # fmt: skip
 def test_vnc_sources_that_do_not_fit_are_explained(stack, nnunet, call, spoil, arguments, message):

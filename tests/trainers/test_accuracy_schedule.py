@@ -54,6 +54,13 @@ def test_the_optimiser_is_the_trainers_own_unless_the_plans_name_one(tiny):
     assert type(slower) is torch.optim.SGD and slower.param_groups[0]["lr"] == pytest.approx(0.002)
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_a_step_on_a_cpu_computes_in_the_precision_of_the_plans(tiny, monkeypatch, precision, dtype):
+    trainer = initialized(tiny, nnUNetTrainer_benchmark, precision=precision)
+    monkeypatch.setattr(nnUNetTrainer, "train_step", lambda self, batch: torch.mm(batch, batch).dtype)
+    assert trainer.train_step(torch.ones(2, 2)) is dtype
+
+
 def test_the_threads_are_bounded_where_the_environment_says_so(tiny, monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setenv("nnUNet_dsp_threads", "3")
@@ -92,6 +99,7 @@ def test_a_schedule_fits_any_trainer(tiny):
         ({KEY: {k: v for k, v in SCHEDULE.items() if k != "val_iterations"}}, "`val_iterations` .* got None"),
         ({KEY: {**SCHEDULE, "optimizer": "adam"}}, "`optimizer` .* one of sgd, adamw"),
         ({KEY: {**SCHEDULE, "initial_lr": 0}}, "`initial_lr`"),
+        ({KEY: {**SCHEDULE, "precision": "half"}}, "`precision` .* one of float32, bfloat16"),
     ],
 )
 def test_a_schedule_that_cannot_be_meant_is_refused(plans, message):

@@ -21,8 +21,13 @@ EPILOG = """arms:
   dsp-PART    without a part: loss (all four DSP losses), image, box, point, mask (one of them), pseudo, marginal, head;
               several: dsp-loss-head, dsp:points-pseudo
   dsp:released   the authors' variant of the losses
-  prompt:oneshot, prompt:partial   nnUNetTrainerPromptOneShot on masked cases, nnUNetTrainerPrompt on rectangles
+  prompt:oneshot   nnUNetTrainerPromptOneShot: one masked case trains, another one's window (or rectangle) is the prompt
+  prompt:partial   nnUNetTrainerPrompt on the masks and a rectangle in each other image
   any other trainer by --arm NAME=TRAINER[@DATA][:key=value,...], then --arms NAME
+  ARM:pretrained   the arm, starting from weights of a training on the dataset of --pretrain: masks:pretrained,
+              prompt:oneshot:pretrained
+  ARM:second  a new nnU-Net on the arm's predictions for its training images, where annotated voxels keep their label:
+              ignore:second, prompt:partial:second, prompt:partial:pretrained:second
 
 settings (what the cases without mask carry):
   masks+tags, masks+points, masks+boxes, masks+scribbles, masks+rectangles, masks+points+boxes, ..., masks+unlabelled
@@ -46,9 +51,12 @@ FIXED: dict[str, Any] = {
     "features": None,
     "epochs": 1000,
     "iterations_per_epoch": 250,
+    "pretrain": None,
+    "pretrain_epochs": None,
     "val_iterations": 1,
     "optimizer": None,
     "lr": None,
+    "precision": "float32",
     "evaluate_on": "test",
     "test_cases": None,
     "test_fold": None,
@@ -69,6 +77,9 @@ FIXED: dict[str, Any] = {
     "step_size": 0.5,
     "tolerance": None,
 }
+
+# What may be given later than the others, if it was not given at first: no run can have used it.
+LATER = ("pretrain", "pretrain_epochs")
 
 # What is remembered from call to call, and may change: name and default.
 SELECTION: dict[str, Any] = {
@@ -104,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=TRAINER[@DATA][:key=value,...]",
         action="append",
         help="an arm of another trainer, to be named in --arms; DATA: weak (default), masks, full, ignore, pseudo, "
-        "unlabelled or kinds such as points+boxes; key=value go into the plans under nnunet_dsp",
+        "oneshot, unlabelled or kinds such as points+boxes; key=value go into the plans under nnunet_dsp",
     )
     what.add_argument("--settings", metavar="SETTING", nargs="+", help="see below (default: mixed)")
     what.add_argument("--masks", metavar="N", type=int, nargs="+", help="how many cases keep their mask (default: 3)")
@@ -153,9 +164,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--features", metavar="N", type=int, nargs="+", help="with --plans small: channels by stage")
     train.add_argument("--epochs", metavar="N", type=int, help="(default: 1000)")
     train.add_argument("--iterations-per-epoch", metavar="N", type=int, help="(default: 250)")
+    train.add_argument(
+        "--pretrain",
+        metavar="DATASET",
+        help="id or name of another raw dataset with full masks, for the arms ARM:pretrained; may be given later",
+    )
+    train.add_argument("--pretrain-epochs", metavar="N", type=int, help="of these trainings (default: --epochs)")
     train.add_argument("--val-iterations", metavar="N", type=int, help="of nnU-Net's online validation (default: 1)")
     train.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default: the trainer's own, nnU-Net's SGD)")
     train.add_argument("--lr", type=float, help="initial learning rate (default: the trainer's own)")
+    train.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="on a CPU; bfloat16 halves the time where the CPU has it; on CUDA nnU-Net's own (default: float32)",
+    )
 
     predict = parser.add_argument_group("evaluation (fixed once DIR exists)")
     predict.add_argument(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 KINDS = ("tags", "points", "boxes", "scribbles", "rectangles")
@@ -21,7 +21,13 @@ VANILLA = "nnUNetTrainer"
 DSP = "nnUNetTrainerDSP"
 WEAK_DEFAULT = ("tags", "points", "boxes")
 
-Source = Literal["full", "masks", "weak", "ignore", "pseudo"]
+PROMPT = "nnUNetTrainerPrompt"
+ONE_SHOT = f"{PROMPT}OneShot"
+PRETRAINED = ":pretrained"
+SECOND = ":second"
+PRETRAINING_SEED = 0  # once for all seeds
+
+Source = Literal["full", "masks", "weak", "ignore", "pseudo", "second", "pretrain"]
 Options = tuple[tuple[str, Any], ...]
 
 WITHOUT: dict[str, dict[str, Any]] = {
@@ -29,6 +35,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "pseudo": {"pseudo_label_weight": 0.0},
     "head": {"head": "standard"},
     "marginal": {"marginal_weight": 0.0},
+    "doubt": {"pseudo_labels_in_boxes": "all"},
     "image": {"image_weight": 0.0},
     "box": {"box_weight": 0.0},
     "point": {"point_weight": 0.0},
@@ -45,19 +52,22 @@ class Arm:
         name: as the user wrote it.
         source: what the training cases are: "full" (every mask), "masks" (the masked cases alone), "weak" (masks and
             weak annotations), "ignore" (masks, and weak annotations painted into a mask with nnU-Net's ignore label),
-            "pseudo" (masks, and predictions of the `masks` arm for the other images).
+            "pseudo" (masks, and predictions of the `masks` arm for the other images), "oneshot" (one masked case, and
+            another one for the prompt).
         trainer: name of the trainer, without the benchmark's schedule.
         kinds: the kinds of weak annotation it gets; None: all of the setting.
         options: entries under "nnunet_dsp" in the plans.
-        extra: further changes to how the data is made (for trainers that need their own annotations).
+        pretrained: the training starts from weights of a training on the data of --pretrain.
+        second: a new nnU-Net is trained on the predictions of this arm, and is the arm's result.
     """
 
     name: str
-    source: Source
+    source: Source | Literal["oneshot"]
     trainer: str = VANILLA
     kinds: tuple[str, ...] | None = None
     options: Options = ()
-    extra: Options = ()
+    pretrained: bool = False
+    second: bool = False
 
 
 FAMILIES: dict[str, Callable[[str], Arm]] = {}
@@ -97,11 +107,12 @@ def dsp_arm(name: str) -> Arm:
 
 @family("prompt")
 def prompt_arm(name: str) -> Arm:
-    """`prompt:oneshot`: one masked case is the prompt, another trains, further ones are unused; `prompt:partial`: the
-    masks and a rectangle in each other image."""
+    """`prompt:oneshot`: one masked case trains, further ones are unused; the prompt comes from the rectangle of another
+    case where the setting has rectangles, else from a second masked case. `prompt:partial`: the masks and a rectangle
+    in each other image."""
     arms = {
-        "prompt:oneshot": Arm(name, "masks", "nnUNetTrainerPromptOneShot"),
-        "prompt:partial": Arm(name, "ignore", "nnUNetTrainerPrompt", ("rectangles",)),
+        "prompt:oneshot": Arm(name, "oneshot", ONE_SHOT),
+        "prompt:partial": Arm(name, "ignore", PROMPT, ("rectangles",)),
     }
     if name not in arms:
         raise ValueError(f"There is no arm {name!r}.{_near(name, arms)}")
@@ -117,7 +128,7 @@ PLAIN = {
 
 
 def parse_arm(name: str, custom: Mapping[str, Arm] | None = None) -> Arm:
-    """The arm of that name.
+    """The arm of that name. NAME:pretrained starts from pre-trained weights; NAME:second trains a second network.
 
     Args:
         custom: arms the user defined (parse_custom_arm).
@@ -129,6 +140,10 @@ def parse_arm(name: str, custom: Mapping[str, Arm] | None = None) -> Arm:
         return custom[name]
     if name in PLAIN:
         return PLAIN[name]
+    if name.endswith(SECOND):
+        return _second(name, parse_arm(name.removesuffix(SECOND), custom))
+    if name.endswith(PRETRAINED):
+        return _pretrained(name, parse_arm(name.removesuffix(PRETRAINED), custom))
     prefix = re.split(r"[:\-]", name, maxsplit=1)[0]
     if prefix in FAMILIES:
         return FAMILIES[prefix](name)
@@ -136,11 +151,35 @@ def parse_arm(name: str, custom: Mapping[str, Arm] | None = None) -> Arm:
     raise ValueError(f"There is no arm {name!r}.{_near(name, known)}")
 
 
+def _second(name: str, arm: Arm) -> Arm:
+    if arm.second or arm.source not in ("weak", "ignore"):
+        why = "is one already" if arm.second or arm.source == "pseudo" else "has no partly annotated images"
+        instead = " `selftrain` is the masks arm with a second network." if arm.name == "masks" else ""
+        raise ValueError(
+            f"arm `{name}`: a second network learns what the first predicts where nobody annotated, but {arm.name} "
+            f"{why}.{instead}"
+        )
+    return replace(arm, name=name, second=True)
+
+
+def _pretrained(name: str, arm: Arm) -> Arm:
+    if arm.second:
+        raise ValueError(
+            f"arm `{name}`: the second network starts anew. {arm.name.removesuffix(SECOND)}{PRETRAINED}{SECOND} "
+            "pre-trains the first one."
+        )
+    if arm.pretrained:
+        raise ValueError(f"arm `{name}`: {PRETRAINED} stands there twice.")
+    if arm.trainer.startswith("nnUNetTrainerCRAC"):
+        raise ValueError(f"arm `{name}`: {arm.trainer} trains on instances, and pre-training on masks is no use to it.")
+    return replace(arm, name=name, pretrained=True)
+
+
 def parse_custom_arm(text: str) -> Arm:
     """`NAME=TRAINER[@DATA][:key=value,...]`.
 
-    DATA is masks, full, ignore, pseudo, weak (the default: everything in the setting), unlabelled, or kinds such as
-    points+boxes. The values are JSON where they can be read as such (numbers, true, null), else text.
+    DATA is masks, full, ignore, pseudo, oneshot, weak (the default: everything in the setting), unlabelled, or kinds
+    such as points+boxes. The values are JSON where they can be read as such (numbers, true, null), else text.
 
     Raises:
         ValueError: another form, or a name that is taken.
@@ -160,9 +199,9 @@ def parse_custom_arm(text: str) -> Arm:
             options[key.strip()] = json.loads(value)
         except ValueError:
             options[key.strip()] = value.strip()
-    source: Source = "weak"
+    source: Source | Literal["oneshot"] = "weak"
     kinds: tuple[str, ...] | None = None
-    if data in ("masks", "full", "ignore", "pseudo", "weak"):
+    if data in ("masks", "full", "ignore", "pseudo", "oneshot", "weak"):
         source = data  # type: ignore[assignment]
     elif data == UNLABELLED:
         kinds = ()
@@ -238,7 +277,8 @@ class Data:
         seed: which cases.
         kinds: kinds of weak annotation kept.
         dealt: the kinds that were dealt out one to a case; () where each case carries all.
-        extra: see Arm.
+        prompt_from: what dataset.json names as the prompt's case: the second "mask", or the case with a "rectangle".
+        made_by: id of the training whose predictions are labels, where that is not the plain `masks` arm's.
     """
 
     source: Source
@@ -247,23 +287,27 @@ class Data:
     seed: int = 0
     kinds: tuple[str, ...] = ()
     dealt: tuple[str, ...] = ()
-    extra: Options = ()
+    prompt_from: str = ""
+    made_by: str = ""
 
     @property
     def name(self) -> str:
         """A name for folders, letters, digits, '_' and '-' only."""
-        if self.source == "full":
-            return "full"
+        if self.source in ("full", "pretrain"):
+            return self.source
         text = f"m{self.masks}"
         if self.source != "masks":
             text += f"_w{self.weak}"
         text += f"_s{self.seed}_{self.source}"
-        if self.source in ("weak", "ignore"):
+        if self.source in ("weak", "ignore", "second"):
             text += "_" + "-".join(self.kinds or (UNLABELLED,))
         if self.dealt:
             text += "_dealt-" + "-".join(self.dealt)
-        if self.extra:
-            text += "_" + _digest(self.extra)
+        if self.prompt_from:
+            text += f"_prompt-{self.prompt_from}"
+        if self.made_by:
+            trainer = self.made_by.partition("__")[2]
+            text += "_" + (trainer if re.fullmatch(r"\w{1,60}", trainer) else _digest(self.made_by))
         return text
 
 
@@ -274,6 +318,7 @@ class Run:
     Attributes:
         seed: of the initialisation.
         needs: id of the training whose predictions the data is made of.
+        pretrained: id of the training whose weights it starts from.
     """
 
     data: Data
@@ -281,6 +326,16 @@ class Run:
     options: Options
     seed: int
     needs: str | None = None
+    pretrained: str | None = None
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The trainings that have to come first."""
+        return tuple(name for name in (self.needs, self.pretrained) if name is not None)
+
+    @property
+    def is_pretraining(self) -> bool:
+        return self.data.source == "pretrain"
 
     @property
     def id(self) -> str:
@@ -289,6 +344,8 @@ class Run:
         settings = ",".join(f"{key}={_short(value)}" for key, value in self.options)
         if settings:
             text += "__" + (settings if re.fullmatch(r"[\w.,=+\-]{1,80}", settings) else _digest(self.options))
+        if self.pretrained is not None:
+            text += "__pretrained"
         return text if self.data.source != "full" else f"{text}__s{self.seed}"
 
 
@@ -332,16 +389,24 @@ class Grid:
     rows: list[Row] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def depth(self, run: Run) -> int:
+        """How many trainings have to come before it, one after the other."""
+        return max((1 + self.depth(self.runs[name]) for name in run.after), default=0)
+
 
 def data_of(arm: Arm, setting: Setting, masks: int, weak: int, seed: int, facts: Facts) -> Data | str:
     """What an arm trains on in a setting, in the one form that equal data have; or why it has nothing to train on."""
     masks_only = Data("full") if masks == facts.cases else Data("masks", masks, seed=seed)
     if arm.source == "full":
         return Data("full")
-    if arm.source in ("masks", "pseudo") and masks == 0:
+    if arm.source in ("masks", "pseudo", "oneshot") and masks == 0:
         return "there is no mask"
     if arm.source == "masks":
         return masks_only
+    if arm.source == "oneshot":
+        if "rectangles" in setting.kinds and not setting.dealt and weak:
+            return Data("ignore", 1, 1, seed, ("rectangles",), prompt_from="rectangle")
+        return Data("masks", 2, seed=seed, prompt_from="mask") if masks > 1 else masks_only
     kinds = setting.kinds if arm.kinds is None else arm.kinds
     missing = [kind for kind in kinds if kind not in setting.kinds]
     if missing:
@@ -349,14 +414,14 @@ def data_of(arm: Arm, setting: Setting, masks: int, weak: int, seed: int, facts:
     if weak == 0:
         return masks_only if masks else "there is no mask and no other case"
     if arm.source == "pseudo":
-        return Data("pseudo", masks, weak, seed, extra=arm.extra)
+        return Data("pseudo", masks, weak, seed)
     if arm.source == "ignore":
         painted = {"points", "scribbles", "rectangles"} | ({"boxes"} if facts.boxes_exclude else set())
         kinds = tuple(kind for kind in kinds if kind in painted)
         if not kinds:  # tags, and boxes that exclude nothing, are nothing to nnU-Net
             return masks_only if masks else "nothing of it can be painted into a mask"
     dealt = setting.kinds if setting.dealt and kinds else ()
-    return Data(arm.source, masks, weak, seed, kinds, dealt, arm.extra)
+    return Data(arm.source, masks, weak, seed, kinds, dealt)
 
 
 def make_grid(
@@ -397,13 +462,40 @@ def _add(grid: Grid, arm: Arm, setting: Setting, masks: int, weak: int, seed: in
     if isinstance(data, str):
         grid.left_out[f"{arm.name} in {setting.name} with {masks} masks"] = data
         return
-    needs = None
+    if arm.second and data.source in ("full", "masks"):
+        grid.left_out[f"{arm.name} in {setting.name} with {masks} masks"] = "no image is left to predict"
+        return
+    needs = pretrained = None
+    if arm.pretrained:
+        start = pretraining(arm)
+        grid.runs.setdefault(start.id, start)
+        pretrained = start.id
     if data.source == "pseudo":
-        first = Run(Data("masks", masks, seed=seed), arm.trainer, arm.options, seed)
+        first = Run(Data("masks", masks, seed=seed), arm.trainer, arm.options, seed, pretrained=pretrained)
         grid.runs.setdefault(first.id, first)
         needs = first.id
-    run = Run(data, arm.trainer, arm.options, seed, needs)
+        if first != Run(first.data, VANILLA, (), seed):
+            data = replace(data, made_by=needs)
+    run = Run(data, arm.trainer, arm.options, seed, needs, pretrained)
     grid.runs.setdefault(run.id, run)
+    if arm.second:
+        run = Run(replace(data, source="second", made_by=run.id), VANILLA, (), seed, run.id)
+        grid.runs.setdefault(run.id, run)
     row = Row(arm.name, setting.name, masks, weak, seed, run.id)
     if row not in grid.rows:
         grid.rows.append(row)
+
+
+def pretraining(arm: Arm) -> Run:
+    """The training on other data whose weights an arm starts from.
+
+    Prompt trainers start from nnUNetTrainerPrompt on all its cases, with the same options; nnUNetTrainerDSP from
+    nnU-Net's own trainer, for its head is new in any case; any other from itself.
+    """
+    trainer, options = arm.trainer, arm.options
+    if trainer.startswith(PROMPT):
+        trainer = trainer.replace(ONE_SHOT, PROMPT)
+        options = tuple((key, value) for key, value in options if key != "one_shot_case")
+    elif trainer.startswith(DSP):
+        trainer, options = VANILLA, ()
+    return Run(Data("pretrain"), trainer, options, PRETRAINING_SEED)

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_dsp.benchmark.accuracy import FIXED, HOW, SELECTION
+from nnunet_dsp.benchmark.accuracy import FIXED, HOW, LATER, SELECTION
 from nnunet_dsp.benchmark.accuracy.arms import (
+    PRETRAINED,
     Data,
     Facts,
     Grid,
@@ -35,7 +36,8 @@ from nnunet_dsp.benchmark.accuracy.datasets import (
     survey,
     verify_source,
 )
-from nnunet_dsp.benchmark.accuracy.training import Training, resolved_options
+from nnunet_dsp.benchmark.accuracy.pretraining import PretrainingFacts, look_at_pretraining
+from nnunet_dsp.benchmark.accuracy.training import Training, epochs_of, resolved_options
 from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, write_json
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.parallel import default_num_processes
@@ -73,7 +75,8 @@ def run_benchmark(args: argparse.Namespace) -> int:
     if args.run:
         return _one_run(place, wanted, args.run)
     if args.plan and not args.time:
-        facts = _facts(place, wanted, with_checksums=False)[0]
+        facts, source, evaluation = _facts(place, wanted, with_checksums=False)
+        _pretraining_facts(place, wanted, facts, source, evaluation, with_checksums=False)
         grid = selected(wanted.selection, Facts(len(facts.training), facts.boxes_exclude(wanted.fixed)))
         refuse_changed_defaults(place, grid)
         return _say_plan(place, wanted, facts, grid, args)
@@ -116,12 +119,19 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
         args.dataset = raw_dataset.dataset_name(args.dataset)
     elif stored is not None:
         args.dataset = None
+    if args.pretrain is not None:
+        known = None if stored is None else stored["fixed"].get("pretrain")
+        same = known is not None and _same_dataset(args.pretrain, known)
+        args.pretrain = known if same else raw_dataset.dataset_name(args.pretrain)
+    later = stored is not None and stored["fixed"].get("pretrain") is None
     for name, default in FIXED.items():
         given = getattr(args, name)
         value = default if given is None else given
         if stored is not None:
             value = stored["fixed"].get(name, default)
-            if given is not None and given != value:
+            if later and name in LATER:
+                value = given
+            elif given is not None and given != value:
                 differences.append(f"{_flag(name)}: {_shown(value)} there, {_shown(given)} now")
         fixed[name] = value
     if differences:
@@ -166,7 +176,7 @@ def check(wanted: Wanted, args: argparse.Namespace) -> None:
     """Refuse numbers that cannot be meant."""
     fixed, how = wanted.fixed, wanted.how
     least = {"epochs": 1, "iterations_per_epoch": 1, "val_iterations": 1, "points_per_object": 1, "min_size": 1}
-    least |= {"loosen": 0, "split_seed": 0, "point_radius": 0, "batch_size": 1, "tolerance": 0}
+    least |= {"pretrain_epochs": 1, "loosen": 0, "split_seed": 0, "point_radius": 0, "batch_size": 1, "tolerance": 0}
     for name, lowest in least.items():
         if fixed[name] is not None and fixed[name] < lowest:
             raise ValueError(f"{_flag(name)}: expected {lowest} or more, but got {fixed[name]}.")
@@ -189,6 +199,8 @@ def check(wanted: Wanted, args: argparse.Namespace) -> None:
         raise ValueError(f"--jobs: expected 1 or more, but got {args.jobs}.")
     if any(seed < 0 for seed in wanted.selection["seeds"]):
         raise ValueError("--seeds: expected whole numbers of 0 or more.")
+    if fixed["pretrain_epochs"] is not None and fixed["pretrain"] is None:
+        raise ValueError("--pretrain-epochs goes with --pretrain.")
     if args.time and not args.plan:
         raise ValueError("--time goes with --plan.")
     for given, whats in ((args.run, "--run"), (args.report_only, "--report-only")):
@@ -240,13 +252,49 @@ def _facts(
     return facts, source, evaluation
 
 
+def _pretraining_facts(
+    place: Workplace,
+    wanted: Wanted,
+    facts: SourceFacts,
+    source: RawDataset,
+    evaluation: dict[str, Any],
+    *,
+    with_checksums: bool = True,
+) -> PretrainingFacts | None:
+    """What DIR holds on the dataset of --pretrain, verified until it is preprocessed; or a first look at it.
+
+    Raises:
+        ValueError: an arm wants to be pre-trained, and no dataset is given.
+    """
+    custom = {arm.name: arm for arm in map(parse_custom_arm, wanted.selection["arm"])}
+    arms = [arm.name for arm in (parse_arm(name, custom) for name in wanted.selection["arms"]) if arm.pretrained]
+    dataset = wanted.fixed["pretrain"]
+    if dataset is None:
+        if arms:
+            raise ValueError(f"arm `{arms[0]}`: pre-trained on what? Name a dataset with masks: --pretrain DATASET.")
+        return None
+    if not arms:
+        say(f"No arm is pre-trained on {dataset}. Ask for some, such as --arms masks masks{PRETRAINED}.")
+    if not place.pretraining_file.is_file():
+        return look_at_pretraining(dataset, source, evaluation, facts.checksums, with_checksums=with_checksums)
+    known = PretrainingFacts.read(place.pretraining_file)
+    numbers, data = read_plan(place)["datasets"], Data("pretrain")
+    made = data.name in numbers and Datasets(place, facts, wanted.fixed, numbers).ready(data) is not None
+    if with_checksums and not made:
+        verify_source(known, raw_dataset.read_dataset(Path(known.folder)))
+    return known
+
+
 def _set_up(place: Workplace, wanted: Wanted) -> tuple[SourceFacts, Grid]:
     """Look at the source, write down what is wanted, make the dataset of all masks."""
     facts, source, evaluation = _facts(place, wanted)
+    other = _pretraining_facts(place, wanted, facts, source, evaluation)
     grid = selected(wanted.selection, Facts(len(facts.training), facts.boxes_exclude(wanted.fixed)))
     refuse_changed_defaults(place, grid)
     if not place.source_file.is_file():
         write_json(place.source_file, asdict(facts))
+    if other is not None and not place.pretraining_file.is_file():
+        write_json(place.pretraining_file, asdict(other))
     numbers = _extend_plan(place, grid)
     config = {"format": FORMAT, "fixed": wanted.fixed, "selection": wanted.selection, "how": wanted.how}
     write_json(place.config_file, config)
@@ -306,11 +354,12 @@ def runs_of(plan: Mapping[str, Any]) -> dict[str, Run]:
     result = {}
     for name, content in plan["runs"].items():
         data = dict(content["data"])
+        data.pop("extra", None)  # of earlier versions, never used
         for key in ("kinds", "dealt"):
             data[key] = tuple(data[key])
-        data["extra"] = tuple((key, value) for key, value in data["extra"])
         options = tuple((key, value) for key, value in content["options"])
-        result[name] = Run(Data(**data), content["trainer"], options, content["seed"], content["needs"])
+        trainer, seed, needs = (content[key] for key in ("trainer", "seed", "needs"))
+        result[name] = Run(Data(**data), trainer, options, seed, needs, content.get("pretrained"))
     return result
 
 
@@ -331,13 +380,14 @@ def _one_run(place: Workplace, wanted: Wanted, name: str) -> int:
     if training.datasets.ready(Data("full")) is None:
         raise ValueError(f"{place.folder} is not set up yet. Call it with --commands first; that prepares the data.")
     with _ending_children(place):
-        record = training.execute(training.runs[name], progress=_print_progress(wanted.fixed["epochs"]))
+        record = training.execute(training.runs[name], progress=_print_progress(training))
     print(f"{name}: mean Dice {record['means']['Dice']['mean']:.3f}" if record["means"]["Dice"]["mean"] else name)
     return 0
 
 
-def _print_progress(epochs: int) -> Any:
+def _print_progress(training: Training) -> Any:
     def progress(run: str, epoch: int, loss: float | None) -> None:
+        epochs = epochs_of(training.fixed, training.runs[run])
         say(f"  {run}: epoch {epoch} of {epochs}" + ("" if loss is None else f", loss {loss:.3f}"))
 
     return progress
@@ -374,9 +424,10 @@ def _train_all(
     say(f"{len(grid.runs)} runs, {done} of them finished, {len(waiting)} to do.")
     if not waiting:
         return {}
-    epochs = wanted.fixed["epochs"]
+    epochs = {run.id: epochs_of(wanted.fixed, run) for run in grid.runs.values()}
     failed: dict[str, BaseException] = {}
-    bar = tqdm(total=len(waiting) * epochs, unit="epoch", desc="Training", mininterval=1.0, smoothing=0.05)
+    total = sum(epochs[run.id] for run in waiting)
+    bar = tqdm(total=total, unit="epoch", desc="Training", mininterval=1.0, smoothing=0.05)
     seen: dict[str, int] = {}
     guard = threading.Lock()
 
@@ -385,7 +436,7 @@ def _train_all(
             bar.update(max(0, epoch - seen.get(run, 0)))
             seen[run] = max(epoch, seen.get(run, 0))
             text = "" if loss is None else f", loss {loss:.3f}"
-            bar.write(f"  {run}: epoch {epoch} of {epochs}{text}")
+            bar.write(f"  {run}: epoch {epoch} of {epochs[run]}{text}")
 
     gpus: list[str | None] = list(args.gpus or [None])
     with _ending_children(place), ThreadPoolExecutor(args.jobs) as pool:
@@ -394,12 +445,13 @@ def _train_all(
         try:
             while waiting or active:
                 busy = {run.id for run, _ in active.values()} | {run.id for run in waiting}
-                for run in [run for run in waiting if run.needs not in busy]:
+                for run in [run for run in waiting if not busy & set(run.after)]:
                     if not slots:
                         break
                     waiting.remove(run)
-                    if run.needs in failed:
-                        failed[run.id] = OSError(f"{run.needs}, whose predictions it needs, failed.")
+                    if broken := [name for name in run.after if name in failed]:
+                        what = "predictions" if broken[0] == run.needs else "weights"
+                        failed[run.id] = OSError(f"{broken[0]}, whose {what} it needs, failed.")
                         continue
                     gpu = slots.pop(0)
                     active[pool.submit(training.execute, run, gpu, progress)] = (run, gpu)
@@ -411,7 +463,7 @@ def _train_all(
                     slots.append(gpu)
                     error = future.exception()
                     with guard:
-                        bar.update(max(0, epochs - seen.get(run.id, 0)))
+                        bar.update(max(0, epochs[run.id] - seen.get(run.id, 0)))
                         if error is None:
                             value = future.result()["means"]["Dice"]["mean"]
                             bar.write(f"{run.id}: finished, mean Dice {'none' if value is None else f'{value:.3f}'}")
@@ -433,8 +485,8 @@ def _train_all(
 
 
 def _print_commands(place: Workplace, grid: Grid) -> None:
-    """One line a run. Those that need another's predictions come last."""
-    for run in sorted(grid.runs.values(), key=lambda run: run.needs is not None):
+    """One line a run. Those that need another's predictions or weights come after it."""
+    for run in sorted(grid.runs.values(), key=grid.depth):
         if place.record(run.id) is None:
             print(shlex.join(["nnunet_dsp", "benchmark", "accuracy", "-o", str(place.folder), "--run", run.id]))
 

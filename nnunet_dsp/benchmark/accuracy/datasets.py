@@ -21,6 +21,12 @@ from tqdm import tqdm
 from nnunet_dsp.annotations import Annotations, LabelNames, case_file, write_annotations
 from nnunet_dsp.benchmark.accuracy.arms import Data
 from nnunet_dsp.benchmark.accuracy.cost import Counts, total
+from nnunet_dsp.benchmark.accuracy.pretraining import (
+    PROMPT_KEY,
+    PretrainingFacts,
+    link_pretraining,
+    preprocess_pretraining,
+)
 from nnunet_dsp.benchmark.accuracy.workplace import PLANS_BASE, Workplace, checksum, say, write_json
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.fingerprint import FILE as FINGERPRINT
@@ -41,6 +47,7 @@ from nnunet_dsp.dataset_conversion.weak_labels import (
 )
 from nnunet_dsp.plans import shrink_plans
 
+COUNTS = "benchmark_counts.json"  # in a raw folder: what was annotated
 READY = "benchmark_ready.json"  # in a preprocessed folder: it is complete
 FULL = 1  # number of the dataset with all masks
 PLANS = "Benchmark"  # the plans that every arm starts from
@@ -172,6 +179,8 @@ def deal(data: Data, shown: Mapping[str, Collection[str]]) -> dict[str, tuple[st
     """For each case of a dataset ("mask",), or its weak kinds, or (); cases that are not in it are left out."""
     if data.source == "full":
         return dict.fromkeys(shown, ("mask",))
+    if data.source == "pretrain":
+        return {}
     masked = order_of_masks(shown, data.seed)[: data.masks]
     weak = [case for case in order_of_weak(shown, data.seed) if case not in masked][: data.weak]
     chosen = {case: shown[case] for case in shown if case in {*masked, *weak}}
@@ -365,8 +374,8 @@ def _checksums(source: RawDataset, split: Split, evaluation: Mapping[str, Any]) 
     return {os.path.relpath(file, source.folder): checksum(file) for file in bar}
 
 
-def verify_source(facts: SourceFacts, source: RawDataset) -> None:
-    """Stop where the source has changed since the benchmark began.
+def verify_source(facts: SourceFacts | PretrainingFacts, source: RawDataset) -> None:
+    """Stop where a dataset has changed since the benchmark began.
 
     Raises:
         ValueError: a file that differs, by name.
@@ -523,6 +532,7 @@ class Datasets:
         fixed: the configuration.
         numbers: dataset number by name of the data.
         predict: predicts images for pseudo-labels: (run id, folder of images, folder for the result).
+        data_of: what a run trains on, by its id.
     """
 
     def __init__(
@@ -532,8 +542,10 @@ class Datasets:
         fixed: Mapping[str, Any],
         numbers: Mapping[str, int],
         predict: Callable[[str, Path, Path], None] | None = None,
+        data_of: Callable[[str], Data] | None = None,
     ) -> None:
-        self.place, self.facts, self.fixed, self.numbers, self.predict = place, facts, fixed, numbers, predict
+        self.place, self.facts, self.fixed, self.numbers = place, facts, fixed, numbers
+        self.predict, self.data_of = predict, data_of
 
     def folder_name(self, data: Data) -> str:
         return f"Dataset{self.numbers[data.name]:03d}_{data.name}"
@@ -624,15 +636,27 @@ class Datasets:
         target = self.place.raw / name
         if not (target / "dataset.json").is_file():
             shutil.rmtree(target, ignore_errors=True)
-            with raw_dataset.building(target) as folder:
-                counts = self._raw(data, folder, name, needs)
-                write_json(folder / "benchmark_counts.json", asdict(counts))
-        counts = Counts(**raw_dataset.read_json(target / "benchmark_counts.json"))
-        self._preprocess(name)
+            if data.source == "second":
+                self._relabelled(name, needs)
+            else:
+                with raw_dataset.building(target) as folder:
+                    counts = self._raw(data, folder, name, needs)
+                    write_json(folder / COUNTS, asdict(counts))
+        if data.source == "second":
+            counts = self._first_data(needs)[1]
+        else:
+            counts = Counts(**raw_dataset.read_json(target / COUNTS))
+        if data.source == "pretrain":
+            preprocess_pretraining(self.place, name, FULL, (PLANS_BASE, PLANS), self.fixed["configuration"])
+        else:
+            self._preprocess(name)
         dataset = raw_dataset.read_dataset(target)
         self._write_ready(name, counts, list(dataset.cases))
 
     def _raw(self, data: Data, folder: Path, name: str, needs: str | None) -> Counts:
+        if data.source == "pretrain":
+            link_pretraining(PretrainingFacts.read(self.place.pretraining_file), folder, name)
+            return Counts()
         full = raw_dataset.read_dataset(self.place.raw / self.folder_name(Data("full")))
         reader_writer, ending = full.reader_writer(), full.file_ending
         ignore = max(self.facts.labels.values()) + 1 if self.facts.ignore is None else self.facts.ignore
@@ -678,6 +702,8 @@ class Datasets:
         if data.source in ("weak", "ignore"):
             content["labels"] = {**full.json["labels"], "ignore": ignore}
         content |= {"numTraining": len(kinds_of), "name": name.split("_", 1)[1]}
+        if data.prompt_from:
+            content[PROMPT_KEY] = self._prompt(data, kinds_of, full, folder)
         raw_dataset.write_json(folder / "dataset.json", content)
         if data.source == "weak":
             (folder / "annotationsTr").mkdir()
@@ -694,6 +720,38 @@ class Datasets:
             assignment={case: list(kinds) for case, kinds in kinds_of.items()},
         )
         return total(counts)
+
+    def _prompt(
+        self, data: Data, kinds_of: Mapping[str, Collection[str]], full: RawDataset, folder: Path
+    ) -> dict[str, Any]:
+        """dataset.json's prompt: of a one-shot training's two cases the one that it is not trained on, or the rectangle
+        that is labelled in it."""
+        if data.prompt_from == "mask":
+            shown = {case: set(self.facts.objects[case]) for case in self.facts.training}
+            return {"case": order_of_masks(shown, data.seed)[1]}
+        case = next(case for case, kinds in kinds_of.items() if "mask" not in kinds)
+        label, _ = raw_dataset.read_label(full.reader_writer(), folder / "labelsTr" / f"{case}{full.file_ending}")
+        known = np.nonzero((label[0] if label.shape[0] == 1 else label) <= max(self.facts.labels.values()))
+        return {"case": case, "bbox": [[int(axis.min()), int(axis.max()) + 1] for axis in known]}
+
+    def _first_data(self, needs: str | None) -> tuple[str, Counts]:
+        """Dataset of the run whose predictions a second network learns, and what was annotated in it."""
+        if needs is None or self.data_of is None:
+            raise ValueError("There is no training whose predictions a second network could learn.")
+        data = self.data_of(needs)
+        return self.folder_name(data), self.counts(data) or Counts()
+
+    def _relabelled(self, name: str, needs: str | None) -> None:
+        """The first network labels its training images; what was annotated in them stays."""
+        first = self._first_data(needs)[0]
+        predicted = self.place.run_folder(needs or "") / "predicted_training"
+        if self.predict is not None and needs is not None:
+            shutil.rmtree(predicted, ignore_errors=True)
+            self.predict(needs, self.place.raw / first / "imagesTr", predicted)
+        command = ["nnunet_dsp", "pseudo-dataset", "-d", first, "-i", predicted, "-o", name]
+        command += ["--num-processes", self.place.processes]
+        self.place.command(*command, log=self.place.folder / "log.txt")
+        shutil.rmtree(predicted, ignore_errors=True)
 
     def _pseudo_labels(self, cases: Sequence[str], full: RawDataset, folder: Path, needs: str | None) -> None:
         """Predictions of the first round become the labels."""
@@ -742,7 +800,7 @@ class Datasets:
         """Take the preprocessed cases of a dataset that has the same labels for them; False where there is none."""
         mine = self._identity(name)
         for folder in sorted(self.place.preprocessed.iterdir()):
-            if folder.name == name or not (folder / READY).is_file():
+            if folder.name in (name, self._pretraining_name()) or not (folder / READY).is_file():
                 continue
             other = raw_dataset.read_json(folder / READY)
             if other["classes"] != mine["classes"]:
@@ -765,6 +823,11 @@ class Datasets:
                         shutil.copyfile(folder / part / file, target / part / file)
             return True
         return False
+
+    def _pretraining_name(self) -> str | None:
+        """Its cases may have names of this dataset's, but they are other images."""
+        data = Data("pretrain")
+        return self.folder_name(data) if data.name in self.numbers else None
 
     def _identity(self, name: str) -> dict[str, Any]:
         dataset = raw_dataset.read_dataset(self.place.raw / name)

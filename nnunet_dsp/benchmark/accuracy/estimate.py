@@ -12,6 +12,7 @@ from nnunet_dsp.benchmark.accuracy.training import (
     SCHEDULE_KEY,
     EpochWatch,
     Training,
+    epochs_of,
     options_key,
     resolved_options,
     schedule,
@@ -34,14 +35,16 @@ def estimate(training: Training, grid: Grid, *, jobs: int = 1, time_now: bool = 
     known = _known_seconds(training)
     if time_now:
         for run in waiting:
-            if run.trainer not in known and run.data.source != "pseudo":
+            if run.trainer not in known and run.needs is None:
                 known[run.trainer] = _time(training, run)
     lines = [f"{len(grid.runs)} runs, {len(grid.runs) - len(waiting)} of them finished. To do:"]
     seconds: list[float | None] = []
     for run in waiting:
         expected = known.get(run.trainer)
+        if expected is not None:
+            expected *= epochs_of(training.fixed, run) / training.fixed["epochs"]
         seconds.append(expected)
-        then = f", after {run.needs}" if run.needs else ""
+        then = f", after {' and '.join(run.after)}" if run.after else ""
         lines.append(f"  {run.id}{then}   {'time unknown' if expected is None else duration(expected)}")
     if not waiting:
         lines = [f"All {len(grid.runs)} runs have finished."]
@@ -62,10 +65,11 @@ def estimate(training: Training, grid: Grid, *, jobs: int = 1, time_now: bool = 
 
 
 def _known_seconds(training: Training) -> dict[str, float]:
-    """Seconds a run takes, by trainer: mean of the finished runs, else of the timing."""
+    """Seconds a run takes, by trainer: mean of the finished runs, else of the timing; of pre-training nothing is
+    predicted, so it does not count."""
     found: dict[str, list[float]] = {}
     for run in training.runs.values():
-        record = training.place.record(run.id)
+        record = None if run.is_pretraining else training.place.record(run.id)
         if record is not None:
             parts = (record["seconds"][key] for key in ("train", "predict", "evaluate"))
             found.setdefault(run.trainer, []).append(sum(parts))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnunet_dsp.benchmark.accuracy.arms import Data, Row
+from nnunet_dsp.benchmark.accuracy.arms import PRETRAINED, SECOND, Data, Row
 from nnunet_dsp.benchmark.accuracy.cost import Counts, Price, minutes
 from nnunet_dsp.benchmark.accuracy.datasets import FULL, SourceFacts
 from nnunet_dsp.benchmark.accuracy.measures import (
@@ -111,11 +111,18 @@ def gap_of(line: Line, lines: Mapping[str, Line]) -> float:
 
 
 def tests_of(lines: Mapping[str, Line]) -> list[tuple[str, str, PairedTest]]:
-    """Each arm against `masks`, and `dsp` against each other arm, on the seeds that both have."""
-    pairs = [(arm, "masks") for arm in lines if arm != "masks"] if "masks" in lines else []
-    pairs += [("dsp", arm) for arm in lines if arm not in ("dsp", "masks")] if "dsp" in lines else []
+    """Pairs of arms on the seeds that both have: each with `masks`, `dsp` with each other one, pre-trained ones with
+    masks:pretrained, and prompts with nnU-Net's ignore label, which has the same annotations."""
+    pairs = [(arm, "masks") for arm in lines if arm != "masks"]
+    pairs += [("dsp", arm) for arm in lines if arm not in ("dsp", "masks")]
+    pairs += [(arm, f"masks{PRETRAINED}") for arm in lines if PRETRAINED in arm and arm != f"masks{PRETRAINED}"]
+    for arm in lines:
+        if match := re.match("prompt:(oneshot|partial)", arm):
+            pairs += [(arm, "ignore"), (arm, "ignore" + arm[match.end() :])]
     result = []
-    for first, second in pairs:
+    for first, second in dict.fromkeys(pairs):
+        if first not in lines or second not in lines:
+            continue
         seeds = sorted(set(lines[first].records) & set(lines[second].records))
         same = all(lines[first].records[s]["run"] == lines[second].records[s]["run"] for s in seeds)
         if seeds and not same:
@@ -140,12 +147,14 @@ def write_report(
     """
     wanted = {row.run for row in rows}
     records = {run: record for run in sorted(wanted) if (record := place.record(run)) is not None}
+    started_from = sorted({record["pretrained"] for record in records.values() if record.get("pretrained")})
+    pretraining = {run: record for run in started_from if (record := place.record(run)) is not None}
     tables = lines_of(rows, records)
     folder = place.folder
     _write_csvs(folder, rows, records, tables, prices)
     curves = write_curves(folder, tables, prices)
     pictures = write_pictures(place, facts, tables)
-    text = markdown(facts, fixed, rows, records, tables, prices, curves, pictures, command)
+    text = markdown(facts, fixed, rows, records, tables, prices, curves, pictures, command, pretraining)
     write_text(folder / "report.md", text)
     short = "\n\n".join(
         f"{where}\n{_plain_table(main_table(lines, prices))}" for where, lines in tables.items() if _any(lines)
@@ -245,6 +254,7 @@ def markdown(
     curves: Sequence[str],
     pictures: Mapping[Place, str],
     command: str,
+    pretraining: Records,
 ) -> str:
     """The report."""
     schedule = f"{fixed['epochs']} epochs of {fixed['iterations_per_epoch']} iterations"
@@ -255,7 +265,7 @@ def markdown(
         f"    {command}",
         f"{len(facts.training)} training cases, {len(facts.evaluation)} {on} ({facts.how}). Every arm trains "
         f"{schedule} of configuration {fixed['configuration']} with the same plans"
-        + (" (selftrain: in each of its two rounds)" if any(row.arm == "selftrain" for row in rows) else "")
+        + (" (selftrain and second networks: in each of two rounds)" if any(map(_in_two_rounds, rows)) else "")
         + f", and is evaluated on the {on} after the last iteration"
         + ("." if fixed["tta"] else ", without mirroring."),
         "Dice and IoU are nnU-Net's: by class the mean over the cases that show or predict it, and the mean of these. "
@@ -266,6 +276,8 @@ def markdown(
     ]  # fmt: skip
     if facts.not_boxed and fixed["box_classes"] is None:
         parts.append(f"Not boxed, since their boxes would cover most of the image: {', '.join(facts.not_boxed)}.")
+    if pretraining:
+        parts.append(_about_pretraining(fixed, pretraining))
     parts += [f"![{Path(name).stem}]({name})" for name in curves]
     for where, lines in tables.items():
         parts.append(f"## {where}")
@@ -283,8 +295,22 @@ def markdown(
             ]
         if where in pictures:
             parts.append(f"![best, median and worst case]({pictures[where]})")
-    parts.append(_provenance(records))
+    parts.append(_provenance({**pretraining, **records}))
     return "\n\n".join(parts) + "\n"
+
+
+def _in_two_rounds(row: Row) -> bool:
+    return row.arm.startswith("selftrain") or row.arm.endswith(SECOND)
+
+
+def _about_pretraining(fixed: Mapping[str, Any], pretraining: Records) -> str:
+    trainers = ", ".join(dict.fromkeys(record["trainer"] for record in pretraining.values()))
+    epochs = fixed["pretrain_epochs"] or fixed["epochs"]
+    return (
+        f"Arms named {PRETRAINED} start from weights of a training on all masks of {fixed['pretrain']} by the plans of "
+        f"this dataset, {epochs} epochs of {trainers} (nnUNetTrainerPrompt for prompts). It is done once, not for each "
+        "seed, and its masks are not in the expert minutes."
+    )
 
 
 def _provenance(records: Records) -> str:
@@ -307,7 +333,7 @@ def _masked(records: Records) -> dict[int, list[str]]:
     """By seed the masked cases, those of the smaller counts first."""
     result: dict[int, list[str]] = {}
     for record in sorted(records.values(), key=lambda record: record["data"]["masks"]):
-        if record["data"]["source"] != "full":
+        if record["data"]["source"] not in ("full", "pretrain"):
             known = result.setdefault(record["data"]["seed"], [])
             known += [case for case, kinds in record.get("cases", {}).items() if "mask" in kinds and case not in known]
     return result
@@ -318,8 +344,9 @@ def run_table(records: Records) -> list[list[str]]:
     table = [["run", "Dice", "training min", "interrupted", "finished"]]
     for run, record in records.items():
         value = number(record["means"]["Dice"]["mean"])
+        dice = "-" if math.isnan(value) else f"{value:.3f}"
         spent = f"{record['seconds']['train'] / 60:.1f}"
-        table.append([f"`{run}`", f"{value:.3f}", spent, str(record["interruptions"]), record["finished"]])
+        table.append([f"`{run}`", dice, spent, str(record["interruptions"]), record["finished"]])
     return table
 
 
@@ -473,6 +500,7 @@ def write_pictures(
         judge = judge or next(iter(finished.values()))
         seed = min(judge.records)
         usual: tuple[str, ...] = ("masks", "ignore", "dsp")
+        usual += tuple(arm for arm in finished if arm.startswith("prompt:"))[:2]
         shown = [arm for arm in usual if arm in finished and seed in finished[arm].records]
         shown = list(dict.fromkeys([*shown, judge.arm]))
         name = f"cases_{where.file_name}.png"

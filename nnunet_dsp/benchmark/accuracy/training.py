@@ -70,22 +70,30 @@ def resolved_options(run: Run) -> dict[str, Any]:
     return plain
 
 
-def schedule(fixed: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What the plans say under "nnunet_dsp_benchmark"."""
+def epochs_of(fixed: Mapping[str, Any], run: Run) -> int:
+    """How many epochs a run trains."""
+    epochs: int = (run.is_pretraining and fixed["pretrain_epochs"]) or fixed["epochs"]
+    return epochs
+
+
+def schedule(fixed: Mapping[str, Any], seed: int, epochs: int | None = None) -> dict[str, Any]:
+    """What the plans say under "nnunet_dsp_benchmark"; `epochs` are the configuration's unless given."""
     return {
-        "num_epochs": fixed["epochs"],
+        "num_epochs": epochs or fixed["epochs"],
         "iterations_per_epoch": fixed["iterations_per_epoch"],
         "val_iterations": fixed["val_iterations"],
         "seed": seed,
         "optimizer": fixed["optimizer"],
         "initial_lr": fixed["lr"],
+        "precision": fixed["precision"],
     }
 
 
 def plans_name(run: Run, options: Mapping[str, Any]) -> str:
-    """A name that differs wherever seed or options do."""
+    """A name that differs wherever seed, options or first weights do."""
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
-    return f"Benchmark-s{run.seed}" + (f"-{digest}" if options else "")
+    name = f"Benchmark-s{run.seed}" + (f"-{digest}" if options else "")
+    return name if run.pretrained is None else f"{name}-pretrained"
 
 
 class Training:
@@ -101,11 +109,12 @@ class Training:
     def __init__(self, place: Workplace, fixed: Mapping[str, Any], datasets: Datasets, runs: Mapping[str, Run]) -> None:
         self.place, self.fixed, self.datasets, self.runs = place, fixed, datasets, runs
         datasets.predict = self._predict_with
+        datasets.data_of = lambda name: self.runs[name].data
 
     def execute(self, run: Run, gpu: str | None = None, progress: Progress | None = None) -> dict[str, Any]:
         """The run's record; whatever is missing of it is done."""
-        if run.needs is not None:
-            self.execute(self.runs[run.needs], gpu, progress)
+        for name in run.after:
+            self.execute(self.runs[name], gpu, progress)
         record = self.place.record(run.id)
         if record is not None:
             return record
@@ -121,24 +130,24 @@ class Training:
         dataset = self.datasets.make(run.data, run.needs)
         plans = self._write_plans(run, dataset)
         trained = self._train(run, dataset, plans, gpu, progress)
-        seconds = dict(trained["seconds"])
-        predictions = folder / "predictions"
-        shutil.rmtree(predictions, ignore_errors=True)
-        images = self.place.raw / self.datasets.folder_name(Data("full")) / "imagesTs"
-        seconds["predict"] = self._predict(run, dataset, plans, images, predictions, gpu)
-        started = time.monotonic()
-        per_case = self._evaluate(run, dataset, plans, predictions)
-        seconds["evaluate"] = time.monotonic() - started
+        seconds = {**trained["seconds"], "predict": 0.0, "evaluate": 0.0}
         model = self._model(run, dataset, plans)
         files = {
-            "checkpoint_final.pth": checksum(model / "fold_all" / "checkpoint_final.pth"),
+            CHECKPOINTS[0]: checksum(model / "fold_all" / CHECKPOINTS[0]),
             "plans.json": checksum(model / "plans.json"),
-            **{
-                f"predictions/{file.name}": checksum(file)
-                for file in sorted(predictions.iterdir())
-                if file.name.endswith(self.datasets.facts.file_ending) or file.name == "summary.json"
-            },
         }
+        per_case: dict[str, Any] = {}
+        if not run.is_pretraining:  # of which only the weights are used: it may not even know the same classes
+            predictions = folder / "predictions"
+            shutil.rmtree(predictions, ignore_errors=True)
+            images = self.place.raw / self.datasets.folder_name(Data("full")) / "imagesTs"
+            seconds["predict"] = self._predict(run, dataset, plans, images, predictions, gpu)
+            started = time.monotonic()
+            per_case = self._evaluate(run, dataset, plans, predictions)
+            seconds["evaluate"] = time.monotonic() - started
+            for file in sorted(predictions.iterdir()):
+                if file.name.endswith(self.datasets.facts.file_ending) or file.name == "summary.json":
+                    files[f"predictions/{file.name}"] = checksum(file)
         means = {metric: class_means(per_case, metric) for metric in METRICS}
         facts = self.datasets.facts
         record = {
@@ -150,9 +159,10 @@ class Training:
             "trainer_class": trained["trainer_class"],
             "plans": plans,
             "options": resolved_options(run),
-            "schedule": schedule(self.fixed, run.seed),
+            "schedule": schedule(self.fixed, run.seed, epochs_of(self.fixed, run)),
             "seed": run.seed,
             "needs": run.needs,
+            "pretrained": run.pretrained,
             "cases": deal(run.data, {case: set(facts.objects[case]) for case in facts.training}),
             "configuration": dict(self.fixed),
             "counts": asdict(self.datasets.counts(run.data) or Counts()),
@@ -177,7 +187,7 @@ class Training:
         options = resolved_options(run)
         name = plans_name(run, options)
         content = {**self.datasets.base_plans(dataset), "plans_name": name}
-        content[SCHEDULE_KEY] = schedule(self.fixed, run.seed)
+        content[SCHEDULE_KEY] = schedule(self.fixed, run.seed, epochs_of(self.fixed, run))
         if options:
             content[options_key(run.trainer)] = options
         write_json(self.place.preprocessed / dataset / f"{name}.json", content)
@@ -186,6 +196,11 @@ class Training:
     def _model(self, run: Run, dataset: str, plans: str) -> Path:
         trainer = f"{run.trainer}_benchmark"
         return self.place.results / dataset / f"{trainer}__{plans}__{self.fixed['configuration']}"
+
+    def _weights(self, run: Run) -> Path:
+        """The last checkpoint of a run that has finished."""
+        model = self._model(run, self.datasets.folder_name(run.data), plans_name(run, resolved_options(run)))
+        return model / "fold_all" / CHECKPOINTS[0]
 
     def trainer_class(self, trainer: str) -> str:
         """The trainer with the benchmark's schedule, written into DIR/trainers unless nnunet_dsp brings it."""
@@ -226,6 +241,8 @@ class Training:
             words.append("--c")
         else:
             shutil.rmtree(output, ignore_errors=True)
+            if run.pretrained is not None:
+                words += ["-pretrained_weights", str(self._weights(self.runs[run.pretrained]))]
         code = code_state()
         before = [state for state in spent["code"] if state != code]
         started = time.monotonic()

@@ -2,6 +2,7 @@
 
 DIR/benchmark.json           the configuration; a call that differs from it is refused
 DIR/source.json              the cases, what they show, checksums
+DIR/pretraining.json         the dataset of --pretrain, checksums
 DIR/plan.json                datasets, runs and rows asked for so far
 DIR/nnUNet_raw, _preprocessed, _results
 DIR/runs/RUN/record.json     a finished run; log.txt, predictions/ beside it
@@ -77,6 +78,10 @@ class Workplace:
     @property
     def source_file(self) -> Path:
         return self.folder / "source.json"
+
+    @property
+    def pretraining_file(self) -> Path:
+        return self.folder / "pretraining.json"
 
     @property
     def plan_file(self) -> Path:
