@@ -24,6 +24,7 @@ from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE
 IntArray = npt.NDArray[np.integer[Any]]
 MOST_IDS = 32766  # nnU-Net keeps preprocessed labels as int16, and `ignore` needs a value above the ids
 INSTANCES_KEY = "instance_labels"
+LEAST_BACKGROUND = 0.005  # share of the labelled voxels; a few holes between cells that fill the image are none
 
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".png", ".tif", ".tiff", ".bmp", ".npy", ".h5", ".hdf5", ".hdf")
 
@@ -96,8 +97,12 @@ def _read_hdf5(path: Path, key: str | None) -> npt.NDArray[Any]:
         return np.asarray(file[name][()])
 
 
-def read_labels(path: Path, key: str | None = None) -> IntArray:
+def read_labels(path: Path, key: str | None = None, ignore: int | None = None) -> IntArray:
     """A label image as whole numbers of at least 0, (y, x) or (z, y, x).
+
+    Args:
+        key: see read_array().
+        ignore: value of what nobody labelled, which may be negative.
 
     Raises:
         ValueError: the file cannot be read, is in colour, or holds negative or broken numbers.
@@ -114,7 +119,9 @@ def read_labels(path: Path, key: str | None = None) -> IntArray:
             )
     if array.dtype == np.bool_:
         return array.astype(np.uint8)
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "uif":
+        raise ValueError(f"{path}: expected whole numbers, the instances' ids, but got {array.dtype}.")
+    if array.dtype.kind == "f":
         if not np.isfinite(array).all() or not np.array_equal(np.rint(array), array):
             raise ValueError(
                 f"{path}: expected whole numbers, the instances' ids, but got {array.dtype} from {array.min()} to "
@@ -122,7 +129,12 @@ def read_labels(path: Path, key: str | None = None) -> IntArray:
             )
         array = array.astype(np.int64)
     if array.size and int(array.min()) < 0:
-        raise ValueError(f"{path}: expected ids of at least 0, but the lowest is {array.min()}.")
+        negative = np.unique(array[array < 0])
+        if negative.tolist() != [ignore]:
+            raise ValueError(
+                f"{path}: expected ids of at least 0, but the lowest is {negative[0]}. If that is what nobody "
+                f"labelled, say --ignore {negative[0]}."
+            )
     return array
 
 
@@ -220,6 +232,11 @@ class _SparseJob(NamedTuple):
 def _make_sparse(job: _SparseJob) -> tuple[str, int, int]:
     labels, properties = raw_dataset.read_label(job.reader_writer, job.case.label)
     labels = labels.astype(np.int32)
+    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) <= job.ignore:
+        raise ValueError(
+            f"{job.case.label}: expected ids from 0 to {job.ignore}, as dataset.json declares them, but got "
+            f"{labels.min()} to {labels.max()}."
+        )
     sparse, kept, among = sparse_instances(
         labels,
         job.share,
@@ -230,6 +247,65 @@ def _make_sparse(job: _SparseJob) -> tuple[str, int, int]:
     )
     raw_dataset.write_label(job.reader_writer, sparse, job.target, properties)
     return job.case.name, kept, among
+
+
+def ignore_value(content: dict[str, Any]) -> int:
+    """The ignore label of an instance dataset's dataset.json, or the value it would have."""
+    labels = content["labels"]
+    known = labels.get("ignore")
+    return int(max(v for name, v in _flat(labels) if name != "ignore")) + 1 if known is None else int(known)
+
+
+def check_instances(source: RawDataset) -> int:
+    """The ignore label of an instance dataset, or the value it would have.
+
+    Raises:
+        ValueError: no instance dataset, or labels are missing.
+    """
+    if not is_instance_dataset(source.json):
+        raise ValueError(
+            f"{source.folder / 'dataset.json'} declares no instances (one label whose value is the list of all ids). "
+            "`nnunet_dsp convert instances` makes such a dataset, from ordinary masks too."
+        )
+    missing = [c.name for c in source.cases.values() if not c.label.is_file()]
+    if missing:
+        raise ValueError(f"{source.folder}: {len(missing)} cases have no label file: {', '.join(missing[:10])}.")
+    return ignore_value(source.json)
+
+
+def write_sparse_labels(
+    source: RawDataset,
+    folder: Path,
+    share: float,
+    *,
+    seed: int = 0,
+    keep_background: bool = False,
+    processes: int = 1,
+) -> dict[str, tuple[int, int]]:
+    """The label files of an instance dataset with only a share of each image's instances; see write_sparse_dataset().
+
+    Args:
+        folder: where they are written, under the names they have.
+
+    Returns:
+        By case how many instances are labelled, and of how many.
+    """
+    ignore, known, reader_writer = check_instances(source), source.ignore_label, source.reader_writer()
+    jobs = [
+        _SparseJob(
+            case,
+            folder / f"{case.name}{source.file_ending}",
+            reader_writer,
+            share,
+            ignore,
+            known,
+            seed,
+            keep_background,
+        )
+        for case in source.cases.values()
+    ]
+    made = map_cases(_make_sparse, jobs, processes=processes, description="Drawing instances")
+    return {name: (kept, among) for name, kept, among in made}
 
 
 def write_sparse_dataset(
@@ -261,40 +337,17 @@ def write_sparse_dataset(
     Raises:
         ValueError: no instance dataset, or labels are missing.
     """
-    if not is_instance_dataset(source.json):
-        raise ValueError(
-            f"{source.folder / 'dataset.json'} declares no instances (one label whose value is the list of all ids). "
-            "`nnunet_dsp convert instances` makes such a dataset, from ordinary masks too."
-        )
-    missing = [c.name for c in source.cases.values() if not c.label.is_file()]
-    if missing:
-        raise ValueError(f"{source.folder}: {len(missing)} cases have no label file: {', '.join(missing[:10])}.")
+    ignore = check_instances(source)
     if not 0 < share <= 1:
         raise ValueError(f"--instances: expected a share of the instances above 0 and up to 1, but got {share}.")
-    labels = dict(source.json["labels"])
-    known = labels.get("ignore")
-    ignore = int(max(v for name, v in _flat(labels) if name != "ignore")) + 1 if known is None else int(known)
-    reader_writer = source.reader_writer()
     with raw_dataset.building(target) as folder:
         for name in ("labelsTr", "imagesTr", EVALUATION_FOLDER):
             (folder / name).mkdir()
-        jobs = [
-            _SparseJob(
-                case,
-                folder / "labelsTr" / f"{case.name}{source.file_ending}",
-                reader_writer,
-                share,
-                ignore,
-                known,
-                seed,
-                keep_background,
-            )
-            for case in source.cases.values()
-        ]
-        counted = {
-            name: (kept, among)
-            for name, kept, among in map_cases(_make_sparse, jobs, processes=processes, description="Drawing instances")
-        }
+        counted = write_sparse_labels(
+            source, folder / "labelsTr", share, seed=seed, keep_background=keep_background, processes=processes
+        )
+        if not any(among for _, among in counted.values()):
+            raise ValueError(f"{source.folder / 'labelsTr'}: no label image shows an instance, so none can be kept.")
         for case in source.cases.values():
             raw_dataset.link_case_images(case, folder / "imagesTr", source.file_ending)
             for file, new_name in raw_dataset.label_files(case.label, f"{case.name}{source.file_ending}"):
@@ -305,7 +358,7 @@ def write_sparse_dataset(
         if (source.folder / SPLITS_FILE).is_file():
             raw_dataset.link_file(source.folder / SPLITS_FILE, folder / SPLITS_FILE)
         content = {k: v for k, v in source.json.items() if k != "dataset"}
-        content["labels"] = {**labels, "ignore": ignore}
+        content["labels"] = {**source.json["labels"], "ignore": ignore}
         raw_dataset.write_json(folder / "dataset.json", {**content, "name": target.name[len("Dataset000_") :]})
         raw_dataset.write_record(
             folder,
@@ -324,8 +377,11 @@ def _flat(labels: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 __all__ = [
+    "LEAST_BACKGROUND",
     "MOST_IDS",
+    "check_instances",
     "connected_instances",
+    "ignore_value",
     "is_instance_dataset",
     "is_label_file",
     "name_of",
@@ -335,4 +391,5 @@ __all__ = [
     "renumber",
     "sparse_instances",
     "write_sparse_dataset",
+    "write_sparse_labels",
 ]

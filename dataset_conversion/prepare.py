@@ -3,7 +3,8 @@
 Run it after adding images or annotations. It checks every annotation file against its image and its mask, gives images
 without a mask a label file that is 'ignore' all over, declares the ignore label in dataset.json, writes the dataset
 fingerprint (in which nnU-Net itself would count ignore voxels as foreground), and copies annotationsTr and
-splits_final.json to nnUNet_preprocessed. With a problem in the annotations it changes nothing.
+splits_final.json to nnUNet_preprocessed. With a problem in the annotations it changes nothing. Instance datasets
+(`nnunet_dsp convert instances`) are prepared likewise; they have label images only, no annotation files.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from nnunet_dsp.annotations import (
 )
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.fingerprint import fingerprint_is_contaminated, write_fingerprint
+from nnunet_dsp.dataset_conversion.instance_labels import ignore_value, is_instance_dataset
 from nnunet_dsp.dataset_conversion.parallel import default_num_processes, map_cases
 from nnunet_dsp.dataset_conversion.raw_dataset import RawCase, RawDataset
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, read_splits
@@ -101,6 +103,12 @@ def _count_cases(dataset: RawDataset, annotations: dict[str, Annotations], maske
     """Say how many cases have what."""
     weak = {n for n, a in annotations.items() if not a.is_empty}
     with_mask = {n for n, some in masked.items() if some}
+    if is_instance_dataset(dataset.json):
+        print(
+            f"  {len(dataset.cases)} cases with instances for labels: {len(with_mask)} with some labelled, "
+            f"{len(set(dataset.cases) - with_mask)} with nothing. Train them with nnUNetTrainerCRAC."
+        )
+        return
     nothing = set(dataset.cases) - weak - with_mask
     print(
         f"  {len(dataset.cases)} cases: {len(with_mask)} with a mask or part of one, {len(weak - with_mask)} "
@@ -115,7 +123,9 @@ def _new_dataset_json(dataset: RawDataset, needs_ignore: bool) -> dict[str, Any]
     """The entries of dataset.json that must change."""
     changed: dict[str, Any] = {}
     if needs_ignore and dataset.ignore_label is None:
-        changed["labels"] = {**dataset.json["labels"], "ignore": max(dataset.labels.values()) + 1}
+        instances = is_instance_dataset(dataset.json)
+        ignore = ignore_value(dataset.json) if instances else max(dataset.labels.values()) + 1
+        changed["labels"] = {**dataset.json["labels"], "ignore": ignore}
     if dataset.json["numTraining"] != len(dataset.cases):
         changed["numTraining"] = len(dataset.cases)
     entries = dataset.json.get("dataset", {})
@@ -136,7 +146,8 @@ def _write_ignored_label(job: _LabelJob) -> None:
     images, properties = job.reader_writer().read_images([str(i) for i in job.case.images])
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=job.case.label.parent) as temporary:
         file = Path(temporary) / job.case.label.name
-        raw_dataset.write_label(job.reader_writer, np.full(images.shape[1:], job.ignore, np.uint8), file, properties)
+        labels = np.full(images.shape[1:], job.ignore, np.min_scalar_type(job.ignore))
+        raw_dataset.write_label(job.reader_writer, labels, file, properties)
         for written in sorted(Path(temporary).iterdir()):  # a 3D tif comes with a .json
             os.replace(written, job.case.label.parent / written.name)
 
@@ -170,9 +181,17 @@ def check_dataset(
         voxel of it is masked.
     """
     labels = LabelNames.from_dataset_json(dataset.json)
-    dataset.labels  # noqa: B018  refuses regions, with a message
     folder = dataset.folder / FOLDER
     found: list[tuple[int, str]] = []
+    if not is_instance_dataset(dataset.json):
+        dataset.labels  # noqa: B018  refuses other regions, with a message
+    elif files := sorted(p.name for p in folder.glob("*.json")) if folder.is_dir() else []:
+        text = (
+            f"{FOLDER} holds {len(files)} file(s), such as {files[0]}, but the labels of this dataset are instances, "
+            "which are annotated in label images only: nnUNetTrainerCRAC reads no points, boxes or tags. Remove the "
+            "folder, or declare plain labels and train nnUNetTrainerDSP."
+        )
+        return {}, [text], {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.suffix.lower() != ".json" or path.name.startswith("."):
             continue

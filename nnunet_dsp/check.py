@@ -117,6 +117,7 @@ def check(folder: Path, options: argparse.Namespace) -> Report:
         classes=classes,
         cases=cases,
         findings=findings,
+        instances=facts.instances,
     )
     if options.batches:
         _add_batches(report, options)
@@ -142,6 +143,7 @@ def _jobs(facts: DatasetFacts, options: argparse.Namespace) -> list[CaseJob]:
             channel=options.channel,
             slices=options.slices or (6 if few else 4 if several else 2),
             size=480 if few else 360 if several else 256,
+            instances=facts.instances,
         )
         for case in facts.cases.values()
     ]
@@ -211,6 +213,7 @@ def to_json(report: Report) -> dict[str, Any]:
                 "points": dict(case.points),
                 "tight_boxes": dict(case.tight_boxes),
                 "loose_boxes": dict(case.loose_boxes),
+                "instances": None if case.instances is None else len(case.instances),
                 "present": list(case.said.present) if case.said else [],
                 "absent": list(case.said.absent) if case.said else [],
             }
@@ -225,7 +228,11 @@ def _print_summary(report: Report, page: Path) -> None:
     points = sum(count.points for count in report.classes)
     boxes = sum(count.tight_boxes + count.loose_boxes for count in report.classes)
     tags = sum(count.present + count.absent for count in report.classes)
-    print(f"  {points} points, {boxes} boxes, {tags} tags")
+    if report.instances:
+        counts = sorted(len(case.instances) for case in report.cases if case.instances is not None)
+        print(f"  {sum(counts)} labelled instances" + (f", {counts[0]} to {counts[-1]} in a case" if counts else ""))
+    else:
+        print(f"  {points} points, {boxes} boxes, {tags} tags")
     print(f"  {report.errors} error(s), {report.doubtful} doubtful, {report.notes} note(s)")
     _print_findings(report.findings)
     print(f"  Report: {page.resolve()}")

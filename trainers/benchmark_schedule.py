@@ -86,7 +86,7 @@ class BenchmarkSchedule:
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Nothing: the benchmark predicts and evaluates its test cases itself."""
         report: Any = self
-        report.print_to_log_file("No final validation: `nnunet_dsp benchmark accuracy` predicts the test cases.")
+        report.print_to_log_file("No final validation: the benchmark predicts the test cases.")
 
 
 def read_schedule(plans: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_dsp.affinities import Offsets, check_offsets, default_offsets, edge_targets
 from nnunet_dsp.crac_loss import TERMS, CRACLoss
+from nnunet_dsp.dataset_conversion.instance_labels import LEAST_BACKGROUND
 from nnunet_dsp.dataset_conversion.raw_dataset import write_json
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, read_splits
 from nnunet_dsp.instances.decoders import available
@@ -37,7 +38,6 @@ from nnunet_dsp.instances.settings import PLANS_KEY, CRACSettings
 from nnunet_dsp.schedules import progress_of
 
 SEED_VARIABLE = "nnUNet_dsp_seed"
-LEAST_BACKGROUND = 0.005  # share of the labelled voxels; a few holes between cells that fill the image are none
 ERROR_FEATURES = 32  # the error predictor's widest layer
 
 

@@ -280,7 +280,7 @@ class Content(NamedTuple):
 def _read_piece(piece: Piece) -> Content:
     options, source = piece.options, piece.source
     read = [read_array(f, options.image_key) for f in source.images]
-    label = None if source.label is None else read_labels(source.label, options.label_key)
+    label = None if source.label is None else read_labels(source.label, options.label_key, options.ignore)
     dim = label.ndim if label is not None else read[0][0].ndim - bool(read[0][1].get("colour"))
     arrays = [_channels_first(a, said, dim, None if label is None else label.shape, f)
               for (a, said), f in zip(read, source.images, strict=True)]  # fmt: skip
@@ -458,6 +458,8 @@ def _save(array: npt.NDArray[Any], file: Path, geometry: dict[str, Any], start: 
 
 
 def _check(args: argparse.Namespace) -> Options:
+    if args.min_size < 0:
+        raise ValueError(f"--min-size: expected a number of voxels of at least 0, but got {args.min_size}.")
     if args.sparse and args.ignore is not None:
         raise ValueError("--sparse and --ignore both say what nobody labelled. Give one of them.")
     if args.tile is not None and (len(args.tile) not in (2, 3) or min(args.tile) < 8):
@@ -531,7 +533,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"Expected the same number of channels in all images, but got {counts}.")
     most = max(f.most_instances for f in everything)
     if not any(f.most_instances for f in found["Tr"]):
-        raise ValueError(f"{args.source}: no training image shows an instance. Is 0 the only value of the labels?")
+        left_out = [f for f, given in (("--values", args.values), ("--min-size", args.min_size > 1)) if given]
+        why = f"Did {' and '.join(left_out)} leave all of them out?" if left_out else "Is 0 the labels' only value?"
+        raise ValueError(f"{args.source}: no training image shows an instance. {why}")
     labels = region_labels(args.label, most)
     ending = ".nii.gz" if dim == 3 else ".png" if all(f.integer for f in everything) else ".tif"
     with raw_dataset.building(target) as folder:

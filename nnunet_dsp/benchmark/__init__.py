@@ -22,8 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "loader": ("nnunet_dsp.benchmark.loader", "time the annotation loader against nnU-Net's"),
     "step": ("nnunet_dsp.benchmark.step", "time a training step against nnU-Net's"),
     "prompt": ("nnunet_dsp.benchmark.prompt", "time a step of the prompt trainer against nnU-Net's"),
+    "decoder": ("nnunet_dsp.benchmark.decoder", "time how affinities become instances"),
     "startup": ("nnunet_dsp.benchmark.startup", "time the command's start and the reading of a dataset's annotations"),
     "accuracy": ("nnunet_dsp.benchmark.accuracy", "train and compare: what each kind of annotation is worth"),
+    "instances": ("nnunet_dsp.benchmark.instances", "train and compare: what a few labelled instances are worth"),
 }
 """Name: (module, one line of help)."""
 

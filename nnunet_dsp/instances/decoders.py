@@ -65,12 +65,33 @@ def decode(
         ImportError: the decoder's library is not installed; the message says how to install it.
     """
     _check(affinities, offsets, decoder, foreground, threshold)
+    shape = affinities.shape[1:]
     if affinities[0].size == 0 or (foreground is not None and not foreground.any()):
-        return np.zeros(affinities.shape[1:], np.int32)
+        return np.zeros(shape, np.int32)
+    if len(shape) == 3 and shape.count(1) == 1:  # a volume of one slice is an image
+        axis = shape.index(1)
+        inside = [channel for channel, offset in enumerate(offsets) if not offset[axis]]
+        flat = decode(
+            affinities[inside].squeeze(axis + 1),
+            [[v for a, v in enumerate(offsets[channel]) if a != axis] for channel in inside],
+            decoder=decoder,
+            foreground=None if foreground is None else foreground.squeeze(axis),
+            threshold=threshold,
+            min_size=min_size,
+        )
+        return np.expand_dims(flat, axis)
+    if 1 in shape:  # the libraries want two voxels along each axis: the second one belongs to nothing
+        margins = [(0, int(n == 1)) for n in shape]
+        affinities = np.pad(affinities, [(0, 0), *margins])
+        foreground = None if foreground is None else np.pad(foreground, margins)
+    # edges that no two voxels have: the libraries break on them
+    fits = [all(abs(v) < n for v, n in zip(offset, affinities.shape[1:], strict=True)) for offset in offsets]
+    if not all(fits):
+        affinities, offsets = affinities[fits], [offset for offset, fit in zip(offsets, fits, strict=True) if fit]
     labels = _DECODERS[decoder](affinities, [tuple(int(v) for v in o) for o in offsets], foreground, threshold)
     if foreground is not None:
         labels = np.where(foreground, labels, 0)
-    return relabel(labels, min_size)
+    return relabel(labels[tuple(slice(n) for n in shape)], min_size)
 
 
 def relabel(labels: npt.NDArray[np.integer[Any]], min_size: int = 0) -> Labels:
@@ -206,11 +227,14 @@ def _multicut(
     multicut = importlib.import_module("elf.segmentation.multicut")
     boundary = _boundary(affinities, offsets)
     mask = None if foreground is None else foreground.astype(bool)
-    fragments, _ = watershed.distance_transform_watershed(
-        boundary, threshold=1 - threshold, sigma_seeds=1.0, min_size=0, mask=mask
-    )
+    with np.errstate(invalid="ignore"):  # a boundary everywhere has no distance to it
+        fragments, _ = watershed.distance_transform_watershed(
+            boundary, threshold=1 - threshold, sigma_seeds=1.0, min_size=0, mask=mask
+        )
     fragments = fragments.astype(np.uint32)
-    if int(fragments.max()) <= 1:
+    if not fragments.any():  # too small for a seed
+        return _components(affinities, offsets, foreground, threshold)
+    if int(fragments.max()) == 1:
         return np.asarray(fragments)
     graph = features.compute_rag(fragments)
     edges = features.compute_affinity_features(

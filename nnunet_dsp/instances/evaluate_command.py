@@ -51,8 +51,14 @@ def find_ignore_label(truth: Path) -> int | None:
     folder = truth if truth.is_dir() else truth.parent
     for file in (folder / "dataset.json", folder.parent / "dataset.json"):
         if file.is_file():
-            value = read_json(file).get("labels", {}).get("ignore")
-            return None if value is None else int(value)
+            labels = read_json(file).get("labels", {})
+            value = labels.get("ignore") if isinstance(labels, dict) else labels
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(
+                    f"{file}: its labels do not name one whole number as `ignore`. Say with --ignore which value in "
+                    "the truth is what nobody labelled, or --ignore none."
+                )
+            return value
     return None
 
 
@@ -84,12 +90,18 @@ def measure_files(job: tuple[str, Path, Path, int | None]) -> tuple[str, dict[st
     Raises:
         ValueError: a file cannot be read, or the two do not fit; the message names them.
     """
+    import numpy as np
+
     from nnunet_dsp.dataset_conversion.instance_labels import read_labels
     from nnunet_dsp.instances.measures import measure
 
     name, true, predicted, ignore = job
     try:
-        return name, measure(read_labels(true).squeeze(), read_labels(predicted).squeeze(), ignore)
+        truth, prediction = read_labels(true, ignore=ignore).squeeze(), read_labels(predicted).squeeze()
+        if ignore is not None and ignore < 0:
+            unlabelled, ignore = truth == ignore, int(truth.max(initial=0)) + 1
+            truth = np.where(unlabelled, ignore, truth.astype(np.int64))
+        return name, measure(truth, prediction, ignore)
     except ValueError as error:
         raise ValueError(f"{name}: {error} ({true} against {predicted})") from error
 
@@ -127,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.truth.exists():
         raise FileNotFoundError(f"There is no file or folder {args.truth}.")
+    if args.output is not None and args.output.is_dir():
+        raise ValueError(f"-o: expected a JSON file to write, but {args.output} is a folder.")
     ignore = find_ignore_label(args.truth) if args.ignore == "auto" else None if args.ignore == "none" else args.ignore
     summary = evaluate(args.truth, args.prediction, ignore, processes=args.num_processes)
     folder = args.prediction if args.prediction.is_dir() else args.prediction.parent

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,21 @@ def _folds(args: argparse.Namespace, model: Path) -> tuple[str, ...]:
     return folds
 
 
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _why_unreadable(files: list[str], reader_writer: Any, channels: int) -> str:
+    """Why nnU-Net's preprocessing stumbled over a case, where that is known better than by its own error."""
+    try:
+        image, _ = reader_writer().read_images(files)
+    except Exception as error:
+        return f"nnU-Net's reader says: {_one_line(error)}"
+    if image.shape[0] != channels:
+        return f"the model reads {channels} channel(s), but got {image.shape[0]}. Is it a colour picture?"
+    return ""
+
+
 def run(args: argparse.Namespace) -> int:
     """Predict every image of a folder."""
     if not available(args.decoder):
@@ -141,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
     model = _model_folder(args)
     folds = _folds(args, model)
 
+    import numpy as np
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from tqdm import tqdm
@@ -155,7 +172,10 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     os.environ["nnUNet_extTrainer"] = with_our_folder(os.environ.get("nnUNet_extTrainer"))
     loader = nnUNetPredictor(device=device, allow_tqdm=False)
-    loader.initialize_from_trained_model_folder(str(model), folds, args.checkpoint)
+    try:
+        loader.initialize_from_trained_model_folder(str(model), folds, args.checkpoint)
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:  # of torch, on a broken file
+        raise ValueError(f"{model}: the model cannot be loaded: {_one_line(error)}") from error
     network = loader.network
     network = getattr(network, "_orig_mod", network)  # nnUNet_compile compiles it; what is compiled is one output only
     if not isinstance(network, CRACNetwork):
@@ -189,8 +209,14 @@ def run(args: argparse.Namespace) -> int:
     deepest = 1
     for case, files in tqdm(cases.items(), desc="Predicting instances"):
         preprocessor = configuration.preprocessor_class(verbose=False)
-        image, _, properties = preprocessor.run_case(files, None, plans, configuration, dataset_json)
         try:
+            image, _, properties = preprocessor.run_case(files, None, plans, configuration, dataset_json)
+        except Exception as error:  # each of nnU-Net's readers has its own
+            why = _why_unreadable(files, reader_writer, len(dataset_json["channel_names"])) or _one_line(error)
+            raise ValueError(f"{case}: {', '.join(files)} cannot be used: {why}") from error
+        try:
+            if not np.isfinite(image).all():
+                raise ValueError(f"the image holds NaN or infinity ({', '.join(files)}).")
             labels = segment(predictor, torch.from_numpy(image), options)
             labels = to_image_geometry(labels, properties, plans.transpose_backward)
             write_instances(reader_writer, labels, args.output / f"{case}{dataset_json['file_ending']}", properties)

@@ -61,6 +61,7 @@ class CaseJob:
     channel: int
     slices: int
     size: int
+    instances: bool = False
 
 
 class BoxFit(NamedTuple):
@@ -88,6 +89,7 @@ class CaseReport:
         pictures: for the contact sheet. hidden: what they do not show, in words.
         digest: of the image's voxels.
         fits: of the boxes that could be compared with a mask.
+        instances: voxels of each labelled instance, smallest first; None where the masks hold classes.
     """
 
     name: str
@@ -106,6 +108,7 @@ class CaseReport:
     hidden: str = ""
     digest: str = ""
     fits: list[BoxFit] = field(default_factory=list)
+    instances: list[int] | None = None
 
 
 def look_at_case(job: CaseJob) -> CaseReport:
@@ -154,7 +157,9 @@ def _look(job: CaseJob, report: CaseReport) -> None:
         if not said.is_empty:
             _doubtful_points(report, said, view)
             _doubtful_boxes(report, said, mask, job.labels, view)
-    if mask is not None and report.status == MASKED:
+    if mask is not None and job.instances:
+        _doubtful_instances(report, mask, ignore, view)
+    elif mask is not None and report.status == MASKED:
         _doubtful_mask(report, mask, view)
     report.pictures, report.hidden = view.contact_sheet()
     for picture in report.pictures:
@@ -426,6 +431,41 @@ def _doubtful_mask(report: CaseReport, mask: npt.NDArray[np.integer[Any]], view:
     finding = Finding("speck", f"{report.name}: {text}", report.name)
     finding.picture = view.close_up_at(place, place + 1)
     report.findings.append(finding)
+
+
+def _doubtful_instances(
+    report: CaseReport, mask: npt.NDArray[np.integer[Any]], ignore: int | None, view: CaseView
+) -> None:
+    """Counts instances; those of one or two voxels, and those in pieces that do not touch."""
+    sizes = {value: number for value, number in report.voxels.items() if value > 0}
+    report.instances = sorted(sizes.values())
+    if set(report.voxels) == {0}:
+        report.findings.append(Finding("no-foreground", f"{report.name}: the mask shows nothing.", report.name))
+    specks = [value for value, number in sizes.items() if number <= 2]
+    if specks:
+        text = f"{report.name}: {len(specks)} instance(s) of one or two voxels, such as id {specks[0]}."
+        report.findings.append(Finding("speck", text, report.name, picture=_close_up_of(mask == specks[0], view)))
+    if mask.size > 64 * 2**20:
+        return
+    ids = np.where(mask == (-1 if ignore is None else ignore), 0, mask).clip(0).astype(np.uint32)
+    pieces, number = cc3d.connected_components(ids, connectivity=6, return_N=True)
+    if number <= len(sizes):
+        return
+    owner = np.zeros(number + 1, np.int64)
+    owner[pieces.ravel()] = ids.ravel()
+    counts = Counter(owner[1:].tolist())
+    split = sorted(value for value, count in counts.items() if count > 1)
+    where = pieces == int(np.flatnonzero(owner == split[0])[1])
+    text = (
+        f"{report.name}: {len(split)} of {len(sizes)} instances lie in pieces that do not touch, such as id {split[0]} "
+        f"in {counts[split[0]]} pieces."
+    )
+    report.findings.append(Finding("pieces", text, report.name, picture=_close_up_of(where, view)))
+
+
+def _close_up_of(where: npt.NDArray[np.bool_], view: CaseView) -> Picture:
+    place = np.nonzero(where)
+    return view.close_up_at(np.array([p.min() for p in place]), np.array([p.max() + 1 for p in place]))
 
 
 def _one_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from nnunet_dsp.annotations import AnnotationError, LabelNames, describe_source
 from nnunet_dsp.dataset_conversion import raw_dataset
+from nnunet_dsp.dataset_conversion.instance_labels import LEAST_BACKGROUND, MOST_IDS, is_instance_dataset
 from nnunet_dsp.dataset_conversion.raw_dataset import RawCase
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, read_splits
 from nnunet_dsp.report.case_checks import FOLDER, MASKED, PARTIAL, UNREADABLE, CaseReport
@@ -43,6 +44,11 @@ class DatasetFacts:
     expected_labels: tuple[int, ...] | None = None
     reader_writer: Any = None
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def instances(self) -> bool:
+        """Whether the masks hold ids of instances (`nnunet_dsp convert instances`)."""
+        return self.labels is not None and is_instance_dataset(self.json)
 
     @property
     def num_channels(self) -> int:
@@ -103,6 +109,12 @@ def _read_labels(facts: DatasetFacts) -> None:
     if any(np.diff(expected) != 1):
         facts.problem("dataset", f"dataset.json: labels must be consecutive (0, 1, 2, ...), but are {expected}.")
         return
+    if facts.instances and expected[-1] > MOST_IDS + 1:
+        facts.problem(
+            "dataset",
+            f"dataset.json declares labels up to {expected[-1]}, but nnU-Net stores preprocessed labels as 16 bit "
+            f"integers, which leaves {MOST_IDS} instances an image. Cut images into tiles (convert instances --tile).",
+        )
     facts.expected_labels = tuple(expected)
 
 
@@ -234,6 +246,8 @@ def look_at_all(facts: DatasetFacts, cases: Sequence[CaseReport], classes: Seque
     """Findings about all the cases together."""
     findings = [*_classes(cases, classes), *_twins(cases)]
     findings += _shifts(cases, axes="zyx")
+    if facts.instances:
+        findings += _background(cases)
     if facts.labels is not None and facts.labels.ignore_label is None:
         partial = [case.name for case in cases if case.said is not None and case.said.mask_labels is not None]
         if partial:
@@ -262,6 +276,15 @@ def _classes(cases: Sequence[CaseReport], classes: Sequence[ClassCounts]) -> lis
         text = "No case has a mask, so nothing can be validated, and nnU-Net's Dice during training means nothing."
         findings.append(Finding("no-mask", text))
     return findings
+
+
+def _background(cases: Sequence[CaseReport]) -> list[Finding]:
+    """Whether instances come with background enough to learn the foreground from; as nnUNetTrainerCRAC has it."""
+    background = sum(case.voxels.get(0, 0) for case in cases)
+    labelled = sum(sum(case.voxels.values()) for case in cases)
+    if not labelled or background > LEAST_BACKGROUND * labelled:
+        return []
+    return [Finding("no-background", f"{background} of {labelled} labelled voxels are background.")]
 
 
 def _twins(cases: Sequence[CaseReport]) -> list[Finding]:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, features
 
+from nnunet_dsp.instances.pictures import colour_of
 from nnunet_dsp.pictures import PALETTE, class_colour
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -244,6 +245,31 @@ def encode_layer(codes: npt.NDArray[np.integer[Any]], colours: Mapping[int, Colo
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True, transparency=bytes(colour[3] for colour in entries))
     return buffer.getvalue()
+
+
+_INSTANCE_COLOURS = 97  # a prime, so that ids counted row by row do not meet their own colour in the next one
+_BORDER = -10
+
+
+def colour_instances(codes: npt.NDArray[np.integer[Any]]) -> tuple[npt.NDArray[np.int64], dict[int, Colour]]:
+    """Instance ids -> codes and colours for encode_layer(): a colour for each, dark lines where two of them touch.
+
+    Args:
+        codes: (rows, columns): 0 background (clear), ids from 1 on, or IGNORED (stripes, as in hatch()).
+    """
+    ids = np.asarray(codes, dtype=np.int64)
+    result, colours = hatch(np.where(ids == IGNORED, IGNORED, 0))
+    numbers = (ids - 1) % _INSTANCE_COLOURS + 1
+    result[ids > 0] = numbers[ids > 0]
+    used = np.unique(numbers[ids > 0])
+    for number, colour in zip(used.tolist(), np.round(255 * colour_of(used)).astype(int).tolist(), strict=True):
+        colours[number] = (*colour, _TINT)
+    touching = np.zeros(ids.shape, np.bool_)
+    touching[1:] |= (ids[1:] != ids[:-1]) & (ids[1:] > 0) & (ids[:-1] > 0)
+    touching[:, 1:] |= (ids[:, 1:] != ids[:, :-1]) & (ids[:, 1:] > 0) & (ids[:, :-1] > 0)
+    result[touching] = _BORDER
+    colours[_BORDER] = (0, 0, 0, 220)
+    return result, colours
 
 
 IGNORED, OUTSIDE, UNDRAWN, SCRIBBLED = -1, -2, -3, -4  # codes of hatch() beside the classes

@@ -102,6 +102,13 @@ KINDS: dict[str, Kind] = {
     "close-points": Kind(
         Severity.DOUBTFUL, "Points within a voxel of each other", "Probably one click that was saved twice."
     ),
+    "pieces": Kind(
+        Severity.DOUBTFUL,
+        "Instances in pieces that do not touch",
+        "An id that was used twice looks like this. What lies between two pieces cannot tell that they belong "
+        "together, so every decoder gives them two ids. `nnunet_dsp convert instances` makes them instances of their "
+        "own.",
+    ),
     "never": Kind(
         Severity.DOUBTFUL,
         "Classes that never occur",
@@ -129,10 +136,16 @@ KINDS: dict[str, Kind] = {
         "Classes without a mask",
         "They can be learned from the other annotations, but nothing measures how well.",
     ),
+    "no-background": Kind(
+        Severity.NOTE,
+        "No labelled background",
+        "Nothing can tell the network what is no object: instances will fill the images. Right where objects do, as "
+        "neurons in electron micrographs; else label some background.",
+    ),
     "rare": Kind(Severity.NOTE, "Classes in one case only", "Nothing is left to validate them on once it trains."),
     "empty-file": Kind(Severity.NOTE, "Annotation files that say nothing", "They count as unlabelled."),
     "no-foreground": Kind(Severity.NOTE, "Masks of background only", "Fine if there is nothing to see."),
-    "speck": Kind(Severity.NOTE, "Specks in masks", "Areas of one or two voxels, often slips of the brush."),
+    "speck": Kind(Severity.NOTE, "Specks in masks", "One or two voxels, often slips of the brush."),
 }
 _RANK = {kind: rank for rank, kind in enumerate(KINDS)}
 

@@ -49,9 +49,14 @@ class Report:
     batches: list[BatchReport] = field(default_factory=list)
     batch_notes: list[str] = field(default_factory=list)
     batches_of: str = ""
+    instances: bool = False
 
     def _number(self, severity: Severity) -> int:
         return sum(finding.severity == severity for finding in self.findings)
+
+    @property
+    def num_instances(self) -> int:
+        return sum(len(case.instances or ()) for case in self.cases)
 
     @property
     def errors(self) -> int:
@@ -214,6 +219,9 @@ def _card(case: CaseReport, classes: Sequence[ClassCounts]) -> CaseCard:
     for count in classes:
         parts = []
         voxels = case.voxels.get(count.number, 0)
+        if count.region and case.instances is not None:
+            parts += _instances_in_words(case.instances)
+            voxels = sum(case.instances)
         if voxels and count.number:
             parts.append(share(voxels / total))
         boxes = case.tight_boxes[count.name] + case.loose_boxes[count.name]
@@ -246,6 +254,14 @@ def _card(case: CaseReport, classes: Sequence[ClassCounts]) -> CaseCard:
         found=sum(finding.severity < Severity.NOTE for finding in case.findings),
         pictures=case.pictures,
     )
+
+
+def _instances_in_words(sizes: Sequence[int]) -> list[str]:
+    if not sizes:
+        return []
+    if len(sizes) == 1:
+        return [f"1 instance of {sizes[0]} voxels"]
+    return [f"{len(sizes)} instances of {sizes[0]} to {sizes[-1]} voxels"]
 
 
 def _totals(classes: Sequence[ClassCounts]) -> dict[str, int]:

@@ -21,6 +21,7 @@ from nnunet_dsp.report.drawing import (
     Mark,
     Picture,
     Window,
+    colour_instances,
     encode_image,
     encode_layer,
     hatch,
@@ -181,6 +182,8 @@ class CaseView:
         count = self.shape[self.axis]
         if count == 1:
             return [0], ""
+        if self.job.instances:
+            return self._slices_of_instances(count)
         items = [np.arange(count) == point[self.axis] for point in self.points]
         items += [
             (np.arange(count) >= start[self.axis]) & (np.arange(count) < stop[self.axis])
@@ -217,6 +220,19 @@ class CaseView:
         unseen = int((~matrix[: len(self.points) + len(self.starts), chosen].any(axis=1)).sum())
         hidden += f"; {unseen} points and boxes lie in others." if unseen else "."
         return sorted(chosen), hidden if len(chosen) < held.sum() else ""
+
+    def _slices_of_instances(self, count: int) -> tuple[list[int], str]:
+        """Slices at equal steps through those that show instances: each shows many of them."""
+        held = np.zeros(count, bool)
+        if self.mask is not None:
+            labelled = (self.mask > 0) & (self.mask != (-1 if self.ignore is None else self.ignore))
+            held = labelled.any(axis=tuple(axis for axis in range(3) if axis != self.axis))
+        places = np.flatnonzero(held)
+        if not len(places):
+            return [count // 2], f"The middle one of {count} slices is shown."
+        number = min(self.job.slices, len(places))
+        chosen = places[((np.arange(number) + 0.5) * len(places) / number).astype(int)].tolist()
+        return chosen, f"{number} of {len(places)} slices with instances are shown." if number < len(places) else ""
 
     # --- how it looks
 
@@ -283,6 +299,10 @@ class CaseView:
         partial = self.said is not None and self.said.mask_labels is not None
         values = set(np.unique(codes).tolist())
         codes = np.where(codes == ignored, IGNORED, codes)
+        if self.job.instances:
+            number = len(values - {0, ignored})
+            drawn = f"{number} labelled instance{'' if number == 1 else 's'}"
+            return encode_layer(*colour_instances(codes)), drawn
         scribbles = self._annotated < _SCRIBBLES
         if partial:
             codes = np.where(codes == 0, UNDRAWN, codes)

@@ -285,6 +285,43 @@ def test_a_sparse_dataset_keeps_the_full_labels_where_nnunet_does_not_look(raw, 
         write_sparse_dataset(plain, raw / "Dataset009_No", 0.5)
 
 
+def test_a_sparse_dataset_is_not_made_of_undeclared_ids_or_of_nothing(raw, tmp_path):
+    assert convert(source(tmp_path / "in"), "-d", 7) == 0
+    dataset = raw_dataset.read_dataset("7")
+    labels = read_case(dataset.folder, "cell_1")
+    undeclared = r"cell_1\.png: expected ids from 0 to 5"
+    for wrong, message in ((labels + 9, undeclared), (labels * 0, "no label image shows")):
+        for case in dataset.cases:
+            imsave(dataset.folder / "labelsTr" / f"{case}.png", wrong.astype(np.uint8), check_contrast=False)
+            if message == undeclared and case != "cell_1":
+                imsave(dataset.folder / "labelsTr" / f"{case}.png", labels, check_contrast=False)
+        with pytest.raises(ValueError, match=message):
+            write_sparse_dataset(dataset, raw / "Dataset008_Sparse", 0.5)
+        assert not (raw / "Dataset008_Sparse").exists()
+
+
+def test_a_negative_value_may_mean_what_nobody_labelled(raw, tmp_path, capsys):
+    labels = np.full((20, 20), -1, np.int32)
+    labels[:9, :9], labels[12:, 12:] = 4, 0
+    for name, array in (("images", np.ones((20, 20), np.uint8)), ("labels", labels)):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        np.save(tmp_path / "in" / name / "a.npy", array)
+    assert convert(tmp_path / "in", "-d", 7) == 1
+    assert "say --ignore -1" in capsys.readouterr().err
+    assert convert(tmp_path / "in", "-d", 7, "--ignore", -1) == 0
+    made = read_case(raw / "Dataset007_Instances", "a")
+    ignore = json.loads((raw / "Dataset007_Instances" / "dataset.json").read_text())["labels"]["ignore"]
+    assert same_partition(made, labels) and (made[labels < 0] == ignore).all() and (made[labels == 0] == 0).all()
+
+
+def test_options_that_leave_no_instance_are_named(raw, tmp_path, capsys):
+    folder = source(tmp_path / "in", number=1)
+    assert convert(folder, "-d", 7, "--min-size", 10**6) == 1
+    assert "Did --min-size leave all of them out?" in capsys.readouterr().err
+    assert convert(folder, "-d", 7, "--min-size", -1) == 1
+    assert "--min-size: expected" in capsys.readouterr().err
+
+
 def test_renumbering_keeps_zero_and_touching_instances_stay_apart():
     assert renumber(np.array([[0, 9], [4, 9]])).tolist() == [[0, 2], [1, 2]]
     assert renumber(np.array([[9, 4]])).tolist() == [[2, 1]]

@@ -176,3 +176,46 @@ def test_annotations_are_kept_in_step(tmp_path):
     (raw / "annotationsTr").rename(raw / "elsewhere")
     assert prepare.sync_annotations(raw, copy) == 0
     assert (copy / "annotationsTr" / "a.json").exists(), "without the originals the copies stay"
+
+
+@pytest.fixture
+def instances(make_dataset):
+    """Four images of instances, ids up to 300; two of them without a label file, and a dataset.json that says two."""
+    folder, _ = make_dataset(102, cases=4)
+    for case in ("case_02", "case_03"):
+        (folder / "labelsTr" / f"{case}.png").unlink()
+    content = json.loads((folder / "dataset.json").read_text()) | {"numTraining": 2}
+    content |= {"labels": {"background": 0, "cell": list(range(1, 301)), "ignore": 301}, "regions_class_order": [1]}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.usefixtures("no_fingerprint")
+def test_an_instance_dataset_gets_the_label_files_it_lacks(instances, call, read, capsys):
+    assert call(prepare, "-d", 102) == 0
+    out = capsys.readouterr().out
+    assert "4 cases with instances for labels: 2 with some labelled, 2 with nothing" in out
+    assert "nnUNetTrainerCRAC" in out and "numTraining changed from 2 to 4" in out
+    for case in ("case_02", "case_03"):
+        assert (read(instances / "labelsTr" / f"{case}.png") == 301).all(), "an ignore label beyond 8 bits"
+    assert json.loads((instances / "dataset.json").read_text())["labels"]["ignore"] == 301
+
+
+@pytest.mark.usefixtures("no_fingerprint")
+def test_an_instance_dataset_without_ignore_gets_the_next_number(instances, call):
+    content = json.loads((instances / "dataset.json").read_text())
+    del content["labels"]["ignore"]
+    (instances / "dataset.json").write_text(json.dumps(content))
+    assert call(prepare, "-d", 102) == 0
+    assert json.loads((instances / "dataset.json").read_text())["labels"]["ignore"] == 301
+
+
+def test_points_and_boxes_in_an_instance_dataset_are_refused_and_nothing_is_changed(instances, call, capsys):
+    (instances / "annotationsTr").mkdir()
+    note = Annotations(shape=(40, 48), points=(Point("synapse", (5.0, 6.0)),))
+    write_annotations(case_file(instances / "annotationsTr", "case_02"), note, NAMES)
+    before = (instances / "dataset.json").read_text()
+    assert call(prepare, "-d", 102) == 1
+    assert "annotated in label images only: nnUNetTrainerCRAC reads no points" in capsys.readouterr().err
+    assert (instances / "dataset.json").read_text() == before
+    assert not (instances / "labelsTr" / "case_02.png").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -76,3 +77,40 @@ def test_instances_are_predicted_and_evaluated(workspace, trained, tmp_path):
     summary = json.loads((tmp_path / "out" / "instances_summary.json").read_text())
     assert set(summary["cases"]) == {"n5", "n6"}
     assert summary["ignore_label"] == ignore
+
+
+def test_small_images_are_predicted_and_broken_ones_named(workspace, trained, tmp_path, monkeypatch, capsys):
+    from nnunet_dsp import cli
+
+    monkeypatch.setenv("nnUNet_extTrainer", workspace.environment["nnUNet_extTrainer"])
+    model = workspace.model(NUMBER, TRAINER)
+    command = ["instances", "predict", "-f", "0", "--decoder", "components", "--overwrite", *CPU]
+
+    def predict(image, name="x_0000.png", model=model):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        if isinstance(image, bytes):
+            (tmp_path / "in" / name).write_bytes(image)
+        else:
+            imsave(tmp_path / "in" / name, image, check_contrast=False)
+        status = cli.main([*command, "-m", str(model), "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")])
+        return status, capsys.readouterr().err
+
+    small = np.random.default_rng(0).integers(0, 255, (6, 41), np.uint8)  # an offset is 9, the patch 32
+    assert predict(small)[0] == 0
+    assert imread(tmp_path / "out" / "x.png").shape == (6, 41)
+    status, said = predict(np.zeros((20, 20, 3), np.uint8))
+    assert status == 1 and "x: " in said and "1 channel(s), but got 3" in said
+    status, said = predict(b"no picture")
+    assert status == 1 and "x_0000.png cannot be used: nnU-Net's reader says" in said
+
+    broken = tmp_path / "model"
+    shutil.copytree(model, broken, ignore=shutil.ignore_patterns("validation"))
+    content = json.loads((broken / "dataset.json").read_text())
+    (broken / "dataset.json").write_text(json.dumps({**content, "file_ending": ".tif"}))
+    image = np.ones((20, 20), np.float32)
+    image[3, 3] = np.nan
+    status, said = predict(image, "x_0000.tif", broken)
+    assert status == 1 and "x: the image holds NaN or infinity" in said
+    (broken / "fold_0" / "checkpoint_final.pth").write_bytes(b"cut off")
+    status, said = predict(image, "x_0000.tif", broken)
+    assert status == 1 and "the model cannot be loaded" in said

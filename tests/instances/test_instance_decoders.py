@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import cc3d
 import numpy as np
@@ -16,6 +17,9 @@ OFFSETS = {
     2: ((-1, 0), (0, -1), (-3, 0), (0, -3), (-9, 0), (0, -9)),
     3: ((-1, 0, 0), (0, -1, 0), (0, 0, -1), (-3, 0, 0), (0, -3, 0), (0, 0, -3)),
 }
+
+
+SMALL = ((1, 1), (1, 30), (2, 2), (5, 5), (9, 27), (1, 1, 1), (1, 9, 9), (3, 9, 1), (2, 3, 4))
 
 
 def needs(decoder):
@@ -63,6 +67,21 @@ def test_perfect_affinities_give_the_truth_back_exactly(decoder, gap, shape):
     assert adapted_rand_error(truth, found, ignore_labels=(0,))[0] == 0
     assert same_partition(found, truth)
     assert found.dtype == np.int32 and set(np.unique(found)) - {0} == set(range(1, found.max() + 1))
+
+
+@pytest.mark.parametrize("decoder", [pytest.param(d, marks=needs(d)) for d in REQUIRES])
+@pytest.mark.parametrize("shape", SMALL)
+def test_images_smaller_than_an_offset_are_decoded(decoder, shape):
+    truth = np.ones(shape, np.int32)
+    truth[..., shape[-1] // 2 :] = 2
+    axes = range(len(shape))
+    offsets = [tuple(-reach if a == axis else 0 for a in axes) for reach in (1, 3, 9, 27) for axis in axes]
+    affinities = perfect(truth, offsets)
+    for foreground in (None, truth > 0):
+        found = decode(affinities, offsets, decoder=decoder, foreground=foreground)
+        assert found.shape == shape
+        assert (found > 0).all() or truth.size == 1, "one voxel need not be an instance"
+        assert same_partition(found, truth) or decoder == "multicut", "whose fragments may be off by a voxel"
 
 
 @pytest.mark.parametrize("decoder", [pytest.param(d, marks=needs(d)) for d in ("multicut", "waterz")])
@@ -164,3 +183,36 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatc
     monkeypatch.setattr(decoders, "available", lambda _: False)
     with pytest.raises(ImportError, match=r"pip install nnunet-dsp\[instances\]"):
         decode(np.zeros((6, 4, 4)), OFFSETS[2])
+
+
+@needs("mutex")
+def test_the_decoder_benchmark_reports_seconds_limits_and_the_error(tmp_path, capsys):
+    from nnunet_dsp import cli
+
+    few = ["benchmark", "decoder", "--repeats", "1", "--warmup", "0"]
+    small = ["--only", "2D", "--shape", "48", "64", "--decoder", "mutex", "components"]
+    assert cli.main([*few, *small, "--json", str(tmp_path / "x.json")]) == 0
+    text = (tmp_path / "x.json").read_text()
+    result = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not strict JSON"))
+    assert [row["name"] for row in result["rows"]] == [
+        "2D, 48 x 64, 9 offsets: mutex", "2D, 48 x 64, 9 offsets: components"
+    ]  # fmt: skip
+    assert all(row["median_s"] > 0 and row["limit"] is None for row in result["rows"])
+    assert 0 <= result["meta"]["arand"]["2D, 48 x 64, 9 offsets: mutex"] < 0.5
+    assert cli.main([*few, "--shape", "48", "64"]) == 1
+    assert cli.main([*few, "--only", "3D", "--shape", "48", "64"]) == 1
+    assert cli.main([*few, "--device", "cuda"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_benchmarks_affinities_are_those_of_its_instances_with_noise():
+    from nnunet_dsp.benchmark.decoder import noisy_affinities, offsets_for
+
+    offsets = offsets_for(3)
+    truth, affinities = noisy_affinities((8, 10, 12), 5, offsets, 0)
+    assert truth.shape == (8, 10, 12) and len(np.unique(truth)) == 5
+    said = perfect(truth, offsets)
+    known = said != 0.5
+    assert affinities.min() >= 0 and affinities.max() <= 1 and (affinities[~known] == 0.5).all()
+    for value, mean in ((0, 0.1), (1, 0.9)):
+        assert abs(affinities[said == value].mean() - mean) < 0.06, "clipping moves it a little"

@@ -60,6 +60,55 @@ def test_missing_and_unfitting_files_are_named_and_end_with_1(folders, capsys):
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_what_nobody_labelled_may_be_negative(tmp_path, capsys):
+    truth = np.zeros((20, 20), np.int32)
+    truth[:10], truth[10:, :10], truth[10:, 10:] = 7, 9, -1
+    np.save(tmp_path / "truth.npy", truth)
+    np.save(tmp_path / "found.npy", np.where(truth < 0, 5, truth))
+    files = (tmp_path / "truth.npy", tmp_path / "found.npy")
+    assert evaluate(*files) == 1
+    assert "lowest is -1. If that is what nobody labelled, say --ignore -1" in capsys.readouterr().err
+    assert evaluate(*files, "--ignore", "-1") == 0
+    mean = json.loads((tmp_path / "instances_summary.json").read_text())["mean"]
+    assert mean["arand"] == 0 and mean["ap"] == 1 and mean["num_truth"] == mean["num_prediction"] == 2
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"labels": ["a"]}', '{"labels": {"ignore": [3]}}', "{"])
+def test_a_broken_dataset_json_beside_the_truth_is_named(folders, content, capsys):
+    (folders / "dataset.json").write_text(content)
+    assert evaluate(folders / "labelsTs", folders / "out") == 1
+    said = capsys.readouterr().err
+    assert "dataset.json" in said and "Traceback" not in said
+    assert evaluate(folders / "labelsTs", folders / "out", "--ignore", "none") == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.full((4, 4), 1.5), "expected whole numbers"),
+        (np.full((4, 4), np.nan), "expected whole numbers"),
+        (np.array([["a", "b"]]), "expected whole numbers"),
+        (np.ones((2, 2), complex), "expected whole numbers"),
+        (np.array([[-3, 1]]), "ids of at least 0"),
+    ],
+)
+def test_label_images_that_hold_no_ids_are_named(tmp_path, labels, message, capsys):
+    for name, array in (("truth.npy", np.ones((4, 4), int)), ("found.npy", labels)):
+        np.save(tmp_path / name, array)
+    assert evaluate(tmp_path / "truth.npy", tmp_path / "found.npy") == 1
+    said = capsys.readouterr().err
+    assert "found.npy" in said and message in said
+
+
+def test_images_without_instances_have_no_error_and_no_measure_fails(tmp_path):
+    for name in ("truth.npy", "found.npy"):
+        np.save(tmp_path / name, np.zeros((4, 4), int))
+    assert evaluate(tmp_path / "truth.npy", tmp_path / "found.npy", "-o", tmp_path / "out.json") == 0
+    mean = json.loads((tmp_path / "out.json").read_text())["mean"]
+    assert mean["arand"] is None and mean["ap"] is None and mean["num_truth"] == 0
+    assert evaluate(tmp_path / "truth.npy", tmp_path / "found.npy", "-o", tmp_path) == 1
+
+
 def test_prediction_says_which_model_or_library_is_missing(tmp_path, monkeypatch, capsys):
     (tmp_path / "results").mkdir()
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))

@@ -326,7 +326,7 @@ def code_state() -> dict[str, Any]:
     import importlib.util
 
     digest = hashlib.sha256()
-    for package in ("nnunet_dsp", "nnunet_dsp.trainers"):
+    for package in ("nnunet_dsp", "nnunet_dsp.instances", "nnunet_dsp.trainers"):
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             for file in sorted(Path(folder).glob("*.py")):

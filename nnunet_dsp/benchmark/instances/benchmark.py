@@ -1,0 +1,300 @@
+"""The command itself: reads DIR, decides what there is to do, does it, reports."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_dsp.benchmark.accuracy.arms import Grid
+from nnunet_dsp.benchmark.accuracy.benchmark import (
+    _ending_children,
+    _flag,
+    _same_dataset,
+    _shown,
+    refuse_changed_defaults,
+    refuse_missing_gpu,
+)
+from nnunet_dsp.benchmark.accuracy.datasets import FULL, SourceFacts, evaluation_files, verify_source
+from nnunet_dsp.benchmark.accuracy.estimate import estimate
+from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, write_json
+from nnunet_dsp.benchmark.instances import EVALUATION, FIXED, HOW, SELECTION
+from nnunet_dsp.benchmark.instances.report import write_report
+from nnunet_dsp.benchmark.instances.runs import InstanceData, InstanceDatasets, InstanceTraining, Row, make_grid, survey
+from nnunet_dsp.dataset_conversion import raw_dataset
+from nnunet_dsp.dataset_conversion.parallel import default_num_processes
+from nnunet_dsp.dataset_conversion.raw_dataset import RawDataset
+from nnunet_dsp.instances.decoders import EXTRA, available
+
+
+@dataclass
+class Wanted:
+    """What a call asks for; see FIXED, EVALUATION, SELECTION and HOW."""
+
+    fixed: dict[str, Any]
+    evaluation: dict[str, Any]
+    selection: dict[str, Any]
+    how: dict[str, Any]
+
+
+def run_benchmark(args: argparse.Namespace) -> int:
+    """`nnunet_dsp benchmark instances`."""
+    file = args.output / "benchmark.json"
+    stored = raw_dataset.read_json(file) if file.is_file() else None
+    if stored is None and args.report_only:
+        raise FileNotFoundError(f"{args.output} holds no benchmark (no benchmark.json). Is -o right?")
+    wanted = merge(args, stored)
+    check(wanted, args)
+    grid, rows = make_grid(wanted.selection, wanted.fixed["optimizer"])
+    place = Workplace(
+        args.output,
+        device=wanted.how["device"],
+        threads=wanted.how["threads"],
+        processes=wanted.how["num_processes"] or default_num_processes(),
+    )
+    if args.report_only:
+        return _report(place, wanted)
+    if not args.plan or args.time:
+        refuse_missing_gpu(place.device)
+        if not available(wanted.evaluation["decoder"]):
+            extra = EXTRA[wanted.evaluation["decoder"]]
+            raise ImportError(
+                f"--decoder {wanted.evaluation['decoder']} is not installed. Install it with `pip install "
+                f"nnunet-dsp[{extra}]`, or choose --decoder components"
+            )
+    if args.plan and not args.time:
+        facts = _facts(place, wanted)[0]
+        refuse_changed_defaults(place, grid)
+        print(_data(facts, wanted))
+        print(estimate(_training(place, wanted, facts, grid, _plan(place, grid, rows)), grid, jobs=args.jobs))
+        return 0
+    place.make()
+    with place.lock("setup", f"Waiting for another process that sets {args.output} up."):
+        training = _set_up(place, wanted, grid, rows)
+    if args.plan:
+        print(_data(training.datasets.facts, wanted))
+        with _ending_children(place):
+            print(estimate(training, grid, jobs=args.jobs, time_now=True))
+        return 0
+    failed = _train_all(training, grid, args.jobs)
+    _report(place, wanted)
+    for run, error in failed.items():
+        print(f"\n{run} failed; start again to try it anew:\n{error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+# --- configuration
+
+
+def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
+    """What was given now, else what DIR remembers, else the default.
+
+    Raises:
+        ValueError: something fixed differs from what DIR was begun with, or DIR belongs to another benchmark.
+    """
+    if stored is not None and (stored.get("format") != FORMAT or stored.get("benchmark") != "instances"):
+        raise ValueError(
+            f"{args.output / 'benchmark.json'} was not written by this version of `nnunet_dsp benchmark instances`. "
+            "Choose a new folder with -o."
+        )
+    if args.dataset is not None:
+        if stored is not None and _same_dataset(args.dataset, stored["fixed"]["dataset"]):
+            args.dataset = None
+        else:
+            args.dataset = raw_dataset.dataset_name(args.dataset)
+
+    def remembered(part: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        memory = {} if stored is None else stored[part]
+        given = {name: getattr(args, name) for name in defaults}
+        return {
+            name: memory.get(name, default) if given[name] is None else given[name]
+            for name, default in defaults.items()
+        }
+
+    fixed = remembered("fixed", FIXED)
+    if stored is not None:
+        begun = {name: stored["fixed"].get(name, default) for name, default in FIXED.items()}
+        differences = [n for n in FIXED if fixed[n] != begun[n]]
+        if differences:
+            raise ValueError(
+                f"{args.output} was begun with another configuration, and its runs could not be compared with new "
+                "ones:\n"
+                + "\n".join(f"  {_flag(n)}: {_shown(begun[n])} there, {_shown(fixed[n])} now" for n in differences)
+                + "\nLeave these options out to go on as it was begun, or choose a new folder with -o."
+            )
+    if fixed["dataset"] is None:
+        raise ValueError(f"-d is missing: which dataset? ({args.output} holds no benchmark yet.)")
+    selection = remembered("selection", SELECTION)
+    if args.arm is not None and stored is not None:  # arms defined earlier are still known
+        names = {text.partition("=")[0] for text in args.arm}
+        earlier = [text for text in stored["selection"]["arm"] if text.partition("=")[0] not in names]
+        selection["arm"] = [*earlier, *args.arm]
+    return Wanted(fixed, remembered("evaluation", EVALUATION), selection, remembered("how", HOW))
+
+
+def check(wanted: Wanted, args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be meant."""
+    values = {**wanted.fixed, **wanted.evaluation, **wanted.how, "jobs": args.jobs}
+    least = {"epochs": 1, "iterations_per_epoch": 1, "val_iterations": 1, "split_seed": 0, "batch_size": 1}
+    least |= {"min_size": 0, "threads": 1, "num_processes": 1, "jobs": 1}
+    for name, lowest in least.items():
+        if values[name] is not None and values[name] < lowest:
+            raise ValueError(f"{_flag(name)}: expected {lowest} or more, but got {values[name]}.")
+    for name, below in (("step_size", 0.5), ("threshold", 1.0)):
+        if not 0 < values[name] <= below or (name == "threshold" and values[name] == 1):
+            raise ValueError(f"{_flag(name)}: expected a number above 0, up to {below:g}, but got {values[name]}.")
+    if values["lr"] is not None and not 0 < values["lr"] < float("inf"):
+        raise ValueError(f"--lr: expected a number above 0, but got {values['lr']}.")
+    for name in ("patch", "batch_size", "features"):
+        if values["plans"] != "small" and values[name] is not None:
+            raise ValueError(f"{_flag(name)} goes with --plans small.")
+    for name in ("patch", "features"):
+        if values[name] is not None and min(values[name]) < 1:
+            raise ValueError(f"{_flag(name)}: expected numbers of 1 or more, but got {_shown(values[name])}.")
+    if any(seed < 0 for seed in wanted.selection["seeds"]):
+        raise ValueError("--seeds: expected whole numbers of 0 or more.")
+    if args.time and not args.plan:
+        raise ValueError("--time goes with --plan.")
+    if args.report_only and args.plan:
+        raise ValueError("--report-only does not go with --plan.")
+
+
+# --- setting up
+
+
+def _facts(place: Workplace, wanted: Wanted) -> tuple[SourceFacts, RawDataset, dict[str, Any]]:
+    """The facts that DIR holds, verified, or else a look at every file; the source; the evaluation cases' files."""
+    if place.source_file.is_file():
+        facts = SourceFacts.read(place.source_file)
+        folder = Path(facts.folder)
+        source = raw_dataset.read_dataset(folder if folder.is_dir() else wanted.fixed["dataset"])
+        verify_source(facts, source)
+        return facts, source, evaluation_files(source, wanted.fixed)
+    source = raw_dataset.read_dataset(wanted.fixed["dataset"])
+    facts, evaluation = survey(source, wanted.fixed, place.processes)
+    return facts, source, evaluation
+
+
+def _set_up(place: Workplace, wanted: Wanted, grid: Grid, rows: Sequence[Row]) -> InstanceTraining:
+    """Look at the source, write down what is wanted, make the dataset of all instances."""
+    facts, source, evaluation = _facts(place, wanted)
+    refuse_changed_defaults(place, grid)
+    if not place.source_file.is_file():
+        write_json(place.source_file, asdict(facts))
+    plan = _plan(place, grid, rows)
+    write_json(place.plan_file, plan)
+    write_json(place.config_file, {"format": FORMAT, "benchmark": "instances", **asdict(wanted)})
+    training = _training(place, wanted, facts, grid, plan)
+    training.datasets.make_full(source, evaluation)
+    return training
+
+
+def _plan(place: Workplace, grid: Grid, rows: Sequence[Row]) -> dict[str, Any]:
+    """plan.json with what is asked for now: dataset numbers by name, and all rows asked for so far."""
+    plan: dict[str, Any] = {"datasets": {InstanceData("full").name: FULL}, "rows": []}
+    if place.plan_file.is_file():
+        plan = raw_dataset.read_json(place.plan_file)
+    for run in grid.runs.values():
+        plan["datasets"].setdefault(run.data.name, max(plan["datasets"].values()) + 1)
+    if max(plan["datasets"].values()) > 999:
+        raise ValueError("nnU-Net knows 999 datasets, and this benchmark needs more. Split it over several folders.")
+    known = {row[:-1]: row for row in (Row(*row) for row in plan["rows"])}
+    known |= {row[:-1]: row for row in rows}  # an arm that was defined anew replaces the old one
+    return {**plan, "rows": [list(row) for row in known.values()]}
+
+
+def _training(
+    place: Workplace, wanted: Wanted, facts: SourceFacts, grid: Grid, plan: Mapping[str, Any]
+) -> InstanceTraining:
+    datasets = InstanceDatasets(place, facts, wanted.fixed, plan["datasets"])
+    return InstanceTraining(place, wanted.fixed, datasets, grid.runs, wanted.evaluation)
+
+
+# --- doing it
+
+
+def _train_all(training: InstanceTraining, grid: Grid, jobs: int) -> dict[str, BaseException]:
+    """Every run without a record, `jobs` at a time; those that failed, with what went wrong."""
+    from tqdm import tqdm
+
+    waiting = [run for run in grid.runs.values() if training.finished(run.id) is None]
+    say(f"{len(grid.runs)} runs, {len(grid.runs) - len(waiting)} of them finished, {len(waiting)} to do.")
+    epochs = training.fixed["epochs"]
+    failed: dict[str, BaseException] = {}
+    seen: dict[str, int] = {}
+    guard = threading.Lock()
+    bar = tqdm(total=len(waiting) * epochs, unit="epoch", desc="Training", mininterval=1.0, disable=not waiting)
+
+    def progress(run: str, epoch: int, loss: float | None = None) -> None:
+        with guard:
+            bar.update(max(0, epoch - seen.get(run, 0)))
+            seen[run] = max(epoch, seen.get(run, 0))
+            if loss is not None:
+                bar.write(f"  {run}: epoch {epoch} of {epochs}, loss {loss:.3f}")
+
+    with bar, _ending_children(training.place), ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(training.execute, run, None, progress): run.id for run in waiting}
+        try:
+            for future in as_completed(futures):
+                run, error = futures[future], future.exception()
+                progress(run, epochs)
+                if error is None:
+                    arand = future.result()["means"]["arand"]
+                    bar.write(f"{run}: finished, ARAND {'none' if arand is None else f'{arand:.3f}'}")
+                elif isinstance(error, (OSError, ValueError)):
+                    failed[run] = error
+                    bar.write(f"{run}: failed")
+                else:
+                    raise error
+        except BaseException:
+            training.place.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+# --- saying it
+
+
+def _data(facts: SourceFacts, wanted: Wanted) -> str:
+    counts = sorted(sum(found.values()) for found in facts.objects.values())
+    shares = ", ".join(f"{share:g}" for share in wanted.selection["share"])
+    return (
+        f"{facts.name}: {len(facts.training)} training cases with {counts[0]} to {counts[-1]} instances, of which a "
+        f"share of {shares} is labelled; {len(facts.evaluation)} cases to evaluate on ({facts.how})."
+    )
+
+
+def _report(place: Workplace, wanted: Wanted) -> int:
+    facts = SourceFacts.read(place.source_file)
+    order = {arm: number for number, arm in enumerate(wanted.selection["arms"])}
+    rows = [Row(*row) for row in raw_dataset.read_json(place.plan_file)["rows"]]
+    rows.sort(key=lambda row: (-row.share if row.share == 1 else row.share, order.get(row.arm, len(order))))
+    print(write_report(place, facts, wanted.fixed, wanted.evaluation, rows, command_line(place, wanted)))
+    return 0
+
+
+def command_line(place: Workplace, wanted: Wanted) -> str:
+    """The command that makes what DIR holds, all that is not as by default spelt out."""
+    words = ["nnunet_dsp", "benchmark", "instances", "-o", place.folder.name]
+    parts = ((wanted.fixed, FIXED), (wanted.evaluation, EVALUATION), (wanted.selection, SELECTION), (wanted.how, HOW))
+    for given, defaults in parts:
+        for name, value in given.items():
+            if value == defaults[name]:
+                continue
+            if name == "arm":
+                words += [word for text in value for word in ("--arm", text)]
+            elif isinstance(value, bool):
+                words.append(_flag(name) if value else f"--no-{name.replace('_', '-')}")
+            else:
+                words += [_flag(name), *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+__all__ = ["Wanted", "merge", "run_benchmark"]
