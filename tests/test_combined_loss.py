@@ -200,6 +200,7 @@ def test_voxels_that_a_mask_leaves_open_learn_by_cross_entropy():
 
 def test_a_batch_without_weak_items_keeps_ddp_in_step_without_teaching(monkeypatch):
     logits, target, _ = batch(size=2, masked=2)
+    target[:, :, :3] = IGNORE  # open, so there are pseudo-labels
     for distributed, calls in ((False, 1), (True, 2)):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda value=distributed: value)
         loss = CombinedLoss(Targets(), DSPSettings(dsp_weight=0.0), IGNORE)

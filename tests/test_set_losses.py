@@ -99,6 +99,20 @@ def test_inside_a_box_only_pseudo_labels_of_boxed_classes_count(shape, block, mo
     torch.testing.assert_close(gradient, expected)
 
 
+def test_the_pseudo_label_loss_leaves_the_first_items_out_and_the_marginal_does_not():
+    batch = oracle.random_batch(5, (4, 5), 3)
+    logits, where = to_logits(batch), torch.rand(2, 4, 5) < 0.7
+    allowed = torch.rand(2, 3, 4, 5) < 0.7
+    allowed[:, 1] |= ~allowed.any(1)
+    ours, second = set_losses(logits, allowed, where, first=1), set_losses(logits[1:], allowed[1:], where[1:])
+    torch.testing.assert_close(ours.pseudo_label, second.pseudo_label)
+    torch.testing.assert_close(ours.marginal, set_losses(logits, allowed, where).marginal)
+    assert torch.equal(ours.counts, where), "they are labelled all the same"
+    gradients = [torch.autograd.grad(x.pseudo_label, logits)[0] for x in (ours, second)]
+    torch.testing.assert_close(*gradients)
+    assert not gradients[0][0].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_pseudo_label_loss_is_finite_for_extreme_logits_and_nowhere(dtype):
     logits = (torch.randn(1, 3, 2, 2) * 1e4).to(dtype).requires_grad_()
