@@ -1,7 +1,12 @@
-"""Cutting large tensors into blocks of rows, for custom gradients that would otherwise make large temporaries."""
+"""What the custom gradients share: cutting large tensors into blocks of rows, and staying out of autocast."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
 _BLOCK = 2**20
@@ -17,3 +22,19 @@ def row_blocks(tensor: Tensor) -> list[slice]:
     items, channels, rows, width = tensor.shape
     step = max(1, _BLOCK // max(1, items * channels * width)) if tensor.device.type == "cpu" else max(1, rows)
     return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def first_order_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of a custom function: differentiable once, and computed in the types it was written for.
+
+    A loss may be differentiated under autocast (torch advises against it, but it is allowed); the matrix products of a
+    backward pass would then return a lower type than what they are added to. torch.amp.custom_bwd would instead restore
+    the forward's autocast.
+    """
+
+    @functools.wraps(backward)
+    def without_autocast(ctx: Any, *gradients: Any) -> Any:
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return backward(ctx, *gradients)
+
+    return torch.autograd.function.once_differentiable(without_autocast)

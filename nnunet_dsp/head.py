@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_dsp.blocks import first_order_backward
 from nnunet_dsp.similarity import SMALLEST_NORM, at_least_float32, unit_length
 
 _CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -66,7 +67,7 @@ class _ChannelMixing(torch.autograd.Function):
         return logits
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order_backward
     def backward(ctx: Any, by_logits: Tensor) -> tuple[Tensor | None, ...]:
         (
             features, mean, reciprocal, gamma, beta, first, first_bias, second, second_bias, prototypes, lengths

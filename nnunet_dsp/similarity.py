@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_dsp.blocks import first_order_backward
+
 SMALLEST_NORM = 1e-6
 """Embeddings shorter than this are divided by this instead: their direction is noise and its gradient unbounded."""
 
@@ -171,7 +173,7 @@ class _ClassLogSums(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order_backward
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         queries, keys, result = ctx.saved_tensors
         groups: tuple[KeyGroup, ...] = ctx.groups

@@ -81,6 +81,21 @@ def test_softmax_of_the_log_sums_is_the_attention_weighted_vote():
     assert torch.allclose(got.sum(1), torch.ones(2, 9, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("cosine", [True, False])
+def test_gradients_taken_under_autocast_are_those_in_full_precision(cosine):
+    queries, vectors, key_class = (t.float() if t.is_floating_point() else t for t in example())
+    _, groups = deal_keys(key_class, 3, max_keys=100)
+    results = []
+    for lower in (False, True):
+        q, v = queries.clone().requires_grad_(), unit_length(vectors, 1).requires_grad_()
+        loss = class_log_sums(q, v, groups, temperature=0.1, cosine=cosine).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            loss.backward()
+        results.append((q.grad, v.grad))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_groups_take_turns_and_each_is_exact(monkeypatch):
     monkeypatch.setattr(similarity, "_BLOCK_ON_CPU", 1)  # the least block, 64 queries; groups make it smaller
     queries, vectors, key_class = example(keys=24, number=10)
