@@ -23,7 +23,7 @@ help:
 	@echo "make clean  remove build leftovers and caches (not $(VENV))"
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m nnunet_dsp.benchmark.demo $(DEMO_ARGS)

@@ -811,3 +811,11 @@ def test_a_folder_without_a_benchmark_cannot_be_reported(benchmark):
     assert status == 1 and "holds no benchmark" in err
     status, _, err = benchmark("--arms", "masks", begin=False)
     assert status == 1 and "-d is missing" in err
+
+
+def test_a_folder_of_another_benchmark_is_refused(benchmark):
+    benchmark.folder.mkdir()
+    (benchmark.folder / "benchmark.json").write_text(json.dumps({"format": 1, "benchmark": "instances", "fixed": {}}))
+    status, _, err = benchmark("--arms", "masks")
+    assert status == 1 and "belongs to `nnunet_dsp benchmark instances`" in err
+    assert [file.name for file in benchmark.folder.iterdir()] == ["benchmark.json"]

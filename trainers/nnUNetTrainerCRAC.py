@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +12,6 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.crossval_split import generate_crossval_split
@@ -36,12 +34,12 @@ from nnunet_dsp.instances.network import CRACNetwork
 from nnunet_dsp.instances.predict import AffinityPredictor, DecoderOptions, segment, to_image_geometry
 from nnunet_dsp.instances.settings import PLANS_KEY, CRACSettings
 from nnunet_dsp.schedules import progress_of
+from nnunet_dsp.training_log import LossTerms, seed_from_environment
 
-SEED_VARIABLE = "nnUNet_dsp_seed"
 ERROR_FEATURES = 32  # the error predictor's widest layer
 
 
-class nnUNetTrainerCRAC(nnUNetTrainer):
+class nnUNetTrainerCRAC(LossTerms, nnUNetTrainer):
     """Trains on images in which some instances are labelled and the rest is not; predicts instances.
 
     The dataset is one region of instance ids with nnU-Net's ignore label for what nobody labelled; `nnunet_dsp convert
@@ -61,6 +59,7 @@ class nnUNetTrainerCRAC(nnUNetTrainer):
 
     default_settings: ClassVar[CRACSettings] = CRACSettings()
     training_epochs: ClassVar[int | None] = None
+    loss_terms = TERMS
     dataset_class: Any
     num_epochs: int
     save_every: int
@@ -74,8 +73,8 @@ class nnUNetTrainerCRAC(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         settings = CRACSettings.from_plans(plans, self.default_settings)
-        if os.environ.get(SEED_VARIABLE):
-            settings = CRACSettings.from_plans({PLANS_KEY: {"seed": _seed_from_environment()}}, settings)
+        if (seed := seed_from_environment()) is not None:
+            settings = CRACSettings.from_plans({PLANS_KEY: {"seed": seed}}, settings)
         # the plans are saved with the model: prediction rebuilds the same network from them
         manager = PlansManager(plans)
         self.offsets = offsets_of(settings, manager.get_configuration(configuration))
@@ -100,7 +99,7 @@ class nnUNetTrainerCRAC(nnUNetTrainer):
             self.num_val_iterations_per_epoch = max(1, settings.iterations_per_epoch // 5)
         self.save_every = max(1, min(self.save_every, self.num_epochs // 5))
         self.initial_lr = 1e-2 if settings.optimizer == "sgd" else 1e-4 if settings.optimizer == "released" else 1e-3
-        self.logger.local_logger = CRACLocalLogger(self.logger.local_logger.verbose)
+        self.log_loss_terms()
 
     # --- network, loss, optimiser
 
@@ -265,20 +264,7 @@ class nnUNetTrainerCRAC(nnUNetTrainer):
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         self.loss.progress = progress_of(self.current_epoch, self._step, self.num_iterations_per_epoch, self.num_epochs)
         self._step += 1
-        result: dict[str, Any] = super().train_step(batch)
-        terms = self.loss.terms.cpu().numpy()
-        return {**result, **{name: terms[i] for i, name in enumerate(TERMS)}}
-
-    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        super().on_train_epoch_end(train_outputs)
-        values = [[output[name] for name in TERMS] for output in train_outputs]
-        means = np.asarray(values, dtype=np.float64).mean(axis=0)
-        if self.is_ddp:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, means)
-            means = np.mean(gathered, axis=0)
-        for name, value in zip(TERMS, means, strict=True):
-            self.logger.log(name, float(value), self.current_epoch)
+        return super().train_step(batch)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -312,8 +298,7 @@ class nnUNetTrainerCRAC(nnUNetTrainer):
         super().on_validation_epoch_end(val_outputs)
 
     def on_epoch_end(self) -> None:
-        values = ", ".join(f"{name} {self.logger.get_value(name, step=-1):.4f}" for name in TERMS)
-        self.print_to_log_file(f"loss terms: {values}. The pseudo Dice below is the F1 of borders between instances.")
+        self.print_to_log_file("The pseudo Dice below is the F1 of borders between instances.")
         super().on_epoch_end()
 
     # --- validation
@@ -357,28 +342,12 @@ class nnUNetTrainerCRAC(nnUNetTrainer):
         self.print_to_log_file("Instances of the validation cases:\n" + table(summary))
 
 
-class CRACLocalLogger(LocalLogger):
-    """nnU-Net's local log with one more value an epoch for each loss term."""
-
-    def __init__(self, verbose: bool = False) -> None:
-        super().__init__(verbose)
-        for name in TERMS:
-            self.my_fantastic_logging[name] = []
-
-
 def offsets_of(settings: CRACSettings, configuration: ConfigurationManager) -> Offsets:
     """The offsets that the settings name, or those that follow from the configuration's patch and spacing."""
     patch = [int(p) for p in configuration.patch_size]
     if settings.offsets is not None:
         return check_offsets(settings.offsets, len(patch))
     return default_offsets(patch, [float(s) for s in configuration.spacing][-len(patch) :])
-
-
-def _seed_from_environment() -> int:
-    value = os.environ[SEED_VARIABLE]
-    if not value.isdigit():
-        raise ValueError(f"Expected the environment variable {SEED_VARIABLE} to be a whole number, but got {value!r}.")
-    return int(value)
 
 
 __all__ = ["nnUNetTrainerCRAC"]

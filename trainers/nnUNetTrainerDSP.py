@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
@@ -34,13 +33,11 @@ from nnunet_dsp.prompt import initialise_prototypes, unwrapped
 from nnunet_dsp.prompt_settings import PromptSettings
 from nnunet_dsp.prompt_source import CASES_LOOKED_AT, requests_of, source_of
 from nnunet_dsp.settings import PLANS_KEY, DSPSettings
-from nnunet_dsp.training_log import DSPLocalLogger
+from nnunet_dsp.training_log import LossTerms, seed_from_environment
 from nnunet_dsp.training_set import ANNOTATIONS_FOLDER, find_weak_cases, load_case_annotations
 
-SEED_VARIABLE = "nnUNet_dsp_seed"
 
-
-class nnUNetTrainerDSP(nnUNetTrainer):
+class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
     """Trains on masks, partial masks, tags, points, boxes and unlabelled images, in any mixture.
 
     Source: Reiss et al., Decoupled Semantic Prototypes enable learning from diverse annotation types for
@@ -57,6 +54,7 @@ class nnUNetTrainerDSP(nnUNetTrainer):
 
     default_settings: ClassVar[DSPSettings] = DSPSettings()
     training_epochs: ClassVar[int | None] = None
+    loss_terms = TERMS
     dataset_class: Any
     save_every: int
 
@@ -69,8 +67,8 @@ class nnUNetTrainerDSP(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         settings = DSPSettings.from_plans(plans, self.default_settings)
-        if os.environ.get(SEED_VARIABLE):
-            settings = DSPSettings.from_plans({PLANS_KEY: {"seed": _seed_from_environment()}}, settings)
+        if (seed := seed_from_environment()) is not None:
+            settings = DSPSettings.from_plans({PLANS_KEY: {"seed": seed}}, settings)
         # the plans are saved with the model: prediction rebuilds the same network from them
         plans[PLANS_KEY] = settings.to_plans()
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -89,7 +87,7 @@ class nnUNetTrainerDSP(nnUNetTrainer):
         if self.training_epochs is not None:
             self.num_epochs = self.training_epochs
         self.save_every = max(1, min(self.save_every, self.num_epochs // 5))
-        self.logger.local_logger = DSPLocalLogger(self.logger.local_logger.verbose)
+        self.log_loss_terms()
         self._weak_cases_of: dict[str, list[str]] = {}
         self._cases_to_validate: list[str] | None = None
 
@@ -393,27 +391,9 @@ class nnUNetTrainerDSP(nnUNetTrainer):
             batch.get("num_components", 0),
         )
         try:
-            result: dict[str, Any] = super().train_step(batch)
+            return super().train_step(batch)
         finally:
             self.loss.knowledge = None
-        terms = self.loss.terms.cpu().numpy()
-        return {**result, **{name: terms[i] for i, name in enumerate(TERMS)}}
-
-    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        super().on_train_epoch_end(train_outputs)
-        values = [[output[name] for name in TERMS] for output in train_outputs]
-        means = np.asarray(values, dtype=np.float64).mean(axis=0)
-        if self.is_ddp:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, means)
-            means = np.mean(gathered, axis=0)
-        for name, value in zip(TERMS, means, strict=True):
-            self.logger.log(name, float(value), self.current_epoch)
-
-    def on_epoch_end(self) -> None:
-        values = ", ".join(f"{name} {self.logger.get_value(name, step=-1):.4f}" for name in TERMS)
-        self.print_to_log_file(f"loss terms: {values}")
-        super().on_epoch_end()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's; before a cascade's next stage, cases that no fold validates are predicted too.
@@ -447,15 +427,6 @@ class nnUNetTrainerDSP(nnUNetTrainer):
             for case in never:
                 file = Path(self.output_folder) / "validation" / (case + self.dataset_json["file_ending"])
                 file.unlink(missing_ok=True)
-
-
-def _seed_from_environment() -> int:
-    value = os.environ[SEED_VARIABLE]
-    try:
-        return int(value)
-    except ValueError:
-        message = f"Expected the environment variable {SEED_VARIABLE} to be a whole number, but got {value!r}."
-        raise ValueError(message) from None
 
 
 __all__ = ["nnUNetTrainerDSP"]

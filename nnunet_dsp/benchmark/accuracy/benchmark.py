@@ -108,6 +108,10 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
     Raises:
         ValueError: something fixed differs from what DIR was begun with; the message says what.
     """
+    if stored is not None and stored.get("benchmark", "accuracy") != "accuracy":
+        raise ValueError(
+            f"{args.output} belongs to `nnunet_dsp benchmark {stored['benchmark']}`. Choose a new folder with -o."
+        )
     if stored is not None and stored.get("format") != FORMAT:
         raise ValueError(
             f"{args.output / 'benchmark.json'} is of format {stored.get('format')}, and this version writes {FORMAT}. "
