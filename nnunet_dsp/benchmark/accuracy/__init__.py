@@ -8,8 +8,17 @@ given by -o; the dataset is only read. Started again, it goes on where it stoppe
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from nnunet_dsp.benchmark.training_arguments import (
+    HELD_OUT,
+    RUNNING,
+    TRAINING,
+    add_held_out_arguments,
+    add_place_arguments,
+    add_running_arguments,
+    add_training_arguments,
+)
 
 EPILOG = """arms:
   masks       nnU-Net on the masked cases alone
@@ -43,29 +52,10 @@ example, on two CPU cores:
 # What a call may not change in a folder that has runs already: name and default.
 FIXED: dict[str, Any] = {
     "dataset": None,
-    "configuration": "2d",
-    "planner": None,
-    "plans": "nnunet",
-    "patch": None,
-    "batch_size": None,
-    "features": None,
-    "epochs": 1000,
-    "iterations_per_epoch": 250,
+    **TRAINING,
     "pretrain": None,
     "pretrain_epochs": None,
-    "val_iterations": 1,
-    "optimizer": None,
-    "lr": None,
-    "precision": "float32",
-    "evaluate_on": "test",
-    "test_cases": None,
-    "test_fold": None,
-    "test_share": None,
-    "val_cases": None,
-    "val_fold": None,
-    "val_share": None,
-    "split_seed": 0,
-    "group": None,
+    **HELD_OUT,
     "share": 1.0,
     "points_per_object": 1,
     "loosen": 0,
@@ -90,7 +80,7 @@ SELECTION: dict[str, Any] = {
     "weak": ["rest"],
     "seeds": [0, 1, 2],
 }
-HOW: dict[str, Any] = {"device": "cuda", "threads": None, "num_processes": None, "cost": []}
+HOW: dict[str, Any] = {**RUNNING, "cost": []}
 
 
 def _weak(text: str) -> int | str:
@@ -105,8 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("-d", dest="dataset", metavar="ID", help="id or name of a raw dataset with full masks")
-    parser.add_argument("-o", dest="output", metavar="DIR", type=Path, required=True, help="folder for all it makes")
+    add_place_arguments(parser, "full masks")
 
     what = parser.add_argument_group("what is compared (remembered in DIR)")
     what.add_argument("--arms", metavar="ARM", nargs="+", help="see below (default: masks full ignore selftrain dsp)")
@@ -131,20 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     data = parser.add_argument_group("data (fixed once DIR exists)")
-    data.add_argument("--evaluate-on", choices=("test", "val"), help="val: to choose parameters by (default: test)")
-    for part, help_text in (("test", "where there is no imagesTs with labelsTs"), ("val", "with --evaluate-on val")):
-        name = {"test": "test", "val": "validation"}[part]
-        data.add_argument(
-            f"--{part}-cases", metavar="CASE", nargs="+", help=f"training cases held out as {name} cases, {help_text}"
-        )
-        data.add_argument(
-            f"--{part}-fold", metavar="K", type=int, help="or the validation cases of a fold of splits_final.json (0)"
-        )
-        data.add_argument(f"--{part}-share", metavar="P", type=float, help="or a random share (default: 0.2)")
-    data.add_argument("--split-seed", metavar="S", type=int, help="of that random share (default: 0)")
-    data.add_argument(
-        "--group", metavar="REGEX", help="cases with the same match (say, of the patient) are held out together"
-    )
+    add_held_out_arguments(data)
     data.add_argument("--share", metavar="P", type=float, help="probability that an object is annotated (default: 1)")
     data.add_argument("--points-per-object", metavar="N", type=int, help="(default: 1)")
     data.add_argument("--loosen", metavar="VOXELS", type=int, help="boxes are too large by up to this (default: 0)")
@@ -156,28 +132,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--point-radius", metavar="VOXELS", type=float, help="of points, for the arm ignore (default: 0)")
 
     train = parser.add_argument_group("training, the same for every arm (fixed once DIR exists)")
-    train.add_argument("-c", dest="configuration", help="2d, 3d_fullres, ... (default: 2d)")
-    train.add_argument("--planner", metavar="NAME", help="nnU-Net's -pl, such as nnUNetPlannerResEncM")
-    train.add_argument("--plans", choices=("nnunet", "small"), help="small: as `nnunet_dsp plans` derives (nnunet)")
-    train.add_argument("--patch", metavar="N", type=int, nargs="+", help="with --plans small: patch size in voxels")
-    train.add_argument("--batch-size", metavar="N", type=int, help="with --plans small (default: as planned)")
-    train.add_argument("--features", metavar="N", type=int, nargs="+", help="with --plans small: channels by stage")
-    train.add_argument("--epochs", metavar="N", type=int, help="(default: 1000)")
-    train.add_argument("--iterations-per-epoch", metavar="N", type=int, help="(default: 250)")
+    add_training_arguments(
+        train,
+        configurations="2d, 3d_fullres, ...",
+        optimizers=("sgd", "adamw"),
+        optimizer="the trainer's own, nnU-Net's SGD",
+        rate="the trainer's own",
+    )
     train.add_argument(
         "--pretrain",
         metavar="DATASET",
         help="id or name of another raw dataset with full masks, for the arms ARM:pretrained; may be given later",
     )
     train.add_argument("--pretrain-epochs", metavar="N", type=int, help="of these trainings (default: --epochs)")
-    train.add_argument("--val-iterations", metavar="N", type=int, help="of nnU-Net's online validation (default: 1)")
-    train.add_argument("--optimizer", choices=("sgd", "adamw"), help="(default: the trainer's own, nnU-Net's SGD)")
-    train.add_argument("--lr", type=float, help="initial learning rate (default: the trainer's own)")
-    train.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16"),
-        help="on a CPU; bfloat16 halves the time where the CPU has it; on CUDA nnU-Net's own (default: float32)",
-    )
 
     predict = parser.add_argument_group("evaluation (fixed once DIR exists)")
     predict.add_argument(
@@ -192,16 +159,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     how = parser.add_argument_group("how it runs")
-    how.add_argument("-device", "--device", choices=("cpu", "cuda", "mps"), help="(default: cuda)")
-    how.add_argument("--jobs", metavar="N", type=int, default=1, help="trainings side by side (default: 1)")
+    add_running_arguments(how, "preprocessing, prediction, evaluation")
     how.add_argument("--gpus", metavar="ID", nargs="+", help="the jobs take turns on these (CUDA_VISIBLE_DEVICES)")
-    how.add_argument("--threads", metavar="N", type=int, help="of each training on a CPU (default: all cores)")
-    how.add_argument("--num-processes", metavar="N", type=int, help="of preprocessing, prediction, evaluation")
-    how.add_argument("--plan", action="store_true", help="say what would be done and how long it would take")
-    how.add_argument("--time", action="store_true", help="with --plan: time a few iterations first (prepares the data)")
     how.add_argument("--commands", action="store_true", help="print every run as one command for a scheduler")
     how.add_argument("--run", metavar="RUN", help="do one run of those that --commands printed")
-    how.add_argument("--report-only", action="store_true", help="report what has finished; train nothing")
     how.add_argument(
         "--cost",
         metavar="WHAT=TIME",

@@ -119,13 +119,13 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
         )
     fixed: dict[str, Any] = {}
     differences = []
-    if args.dataset is not None and (stored is None or not _same_dataset(args.dataset, stored["fixed"]["dataset"])):
+    if args.dataset is not None and (stored is None or not same_dataset(args.dataset, stored["fixed"]["dataset"])):
         args.dataset = raw_dataset.dataset_name(args.dataset)
     elif stored is not None:
         args.dataset = None
     if args.pretrain is not None:
         known = None if stored is None else stored["fixed"].get("pretrain")
-        same = known is not None and _same_dataset(args.pretrain, known)
+        same = known is not None and same_dataset(args.pretrain, known)
         args.pretrain = known if same else raw_dataset.dataset_name(args.pretrain)
     later = stored is not None and stored["fixed"].get("pretrain") is None
     for name, default in FIXED.items():
@@ -136,7 +136,7 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
             if later and name in LATER:
                 value = given
             elif given is not None and given != value:
-                differences.append(f"{_flag(name)}: {_shown(value)} there, {_shown(given)} now")
+                differences.append(f"{flag_of(name)}: {shown_value(value)} there, {shown_value(given)} now")
         fixed[name] = value
     if differences:
         raise ValueError(
@@ -162,15 +162,18 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
     return Wanted(fixed, selection, remembered(HOW))
 
 
-def _same_dataset(given: str, name: str) -> bool:
+def same_dataset(given: str, name: str) -> bool:
+    """Whether what a user gave as -d, a number or a name, means the dataset of this name."""
     return given == name or (given.isdigit() and f"Dataset{int(given):03d}_" == name[:11])
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The flag of a key of FIXED."""
     return {"dataset": "-d", "configuration": "-c"}.get(name, "--" + name.replace("_", "-"))
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A flag's value as it is typed."""
     if value is None:
         return "not given"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -183,7 +186,7 @@ def check(wanted: Wanted, args: argparse.Namespace) -> None:
     least |= {"pretrain_epochs": 1, "loosen": 0, "split_seed": 0, "point_radius": 0, "batch_size": 1, "tolerance": 0}
     for name, lowest in least.items():
         if fixed[name] is not None and fixed[name] < lowest:
-            raise ValueError(f"{_flag(name)}: expected {lowest} or more, but got {fixed[name]}.")
+            raise ValueError(f"{flag_of(name)}: expected {lowest} or more, but got {fixed[name]}.")
     if not 0 <= fixed["share"] <= 1:
         raise ValueError(f"--share: expected a number from 0 to 1, but got {fixed['share']}.")
     if not 0 < fixed["step_size"] <= 1:
@@ -192,13 +195,13 @@ def check(wanted: Wanted, args: argparse.Namespace) -> None:
         raise ValueError(f"--lr: expected a number above 0, but got {fixed['lr']}.")
     for name in ("patch", "batch_size", "features"):
         if fixed["plans"] != "small" and fixed[name] is not None:
-            raise ValueError(f"{_flag(name)} goes with --plans small.")
+            raise ValueError(f"{flag_of(name)} goes with --plans small.")
     for name in ("patch", "features", "rectangle"):
         if fixed[name] is not None and min(fixed[name]) < 1:
-            raise ValueError(f"{_flag(name)}: expected numbers of 1 or more, but got {_shown(fixed[name])}.")
+            raise ValueError(f"{flag_of(name)}: expected numbers of 1 or more, but got {shown_value(fixed[name])}.")
     for name in ("threads", "num_processes"):
         if how[name] is not None and how[name] < 1:
-            raise ValueError(f"{_flag(name)}: expected 1 or more, but got {how[name]}.")
+            raise ValueError(f"{flag_of(name)}: expected 1 or more, but got {how[name]}.")
     if args.jobs < 1:
         raise ValueError(f"--jobs: expected 1 or more, but got {args.jobs}.")
     if any(seed < 0 for seed in wanted.selection["seeds"]):
@@ -383,7 +386,7 @@ def _one_run(place: Workplace, wanted: Wanted, name: str) -> int:
         raise ValueError(f"--run: {place.plan_file} knows no run {name!r}. `--commands` prints those there are.")
     if training.datasets.ready(Data("full")) is None:
         raise ValueError(f"{place.folder} is not set up yet. Call it with --commands first; that prepares the data.")
-    with _ending_children(place):
+    with ending_children(place):
         record = training.execute(training.runs[name], progress=_print_progress(training))
     print(f"{name}: mean Dice {record['means']['Dice']['mean']:.3f}" if record["means"]["Dice"]["mean"] else name)
     return 0
@@ -398,7 +401,7 @@ def _print_progress(training: Training) -> Any:
 
 
 @contextmanager
-def _ending_children(place: Workplace) -> Iterator[None]:
+def ending_children(place: Workplace) -> Iterator[None]:
     """A SIGTERM ends the commands too, as Ctrl-C does; nothing is left running."""
 
     def stop(number: int, frame: Any) -> None:
@@ -443,7 +446,7 @@ def _train_all(
             bar.write(f"  {run}: epoch {epoch} of {epochs[run]}{text}")
 
     gpus: list[str | None] = list(args.gpus or [None])
-    with _ending_children(place), ThreadPoolExecutor(args.jobs) as pool:
+    with ending_children(place), ThreadPoolExecutor(args.jobs) as pool:
         slots = [gpus[number % len(gpus)] for number in range(args.jobs)]
         active: dict[Future[Any], tuple[Run, str | None]] = {}
         try:
@@ -524,9 +527,9 @@ def command_line(place: Workplace, wanted: Wanted) -> str:
             if name == "arm":
                 words += [word for text in value for word in ("--arm", text)]
             elif isinstance(value, bool):
-                words.append(_flag(name) if value else f"--no-{name}")
+                words.append(flag_of(name) if value else f"--no-{name}")
             else:
-                words += [_flag(name), *map(str, value if isinstance(value, list) else [value])]
+                words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 

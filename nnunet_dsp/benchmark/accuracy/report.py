@@ -11,8 +11,6 @@ cases_*.png       best, median and worst case
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,6 +35,7 @@ from nnunet_dsp.benchmark.accuracy.measures import (
     spread,
 )
 from nnunet_dsp.benchmark.accuracy.workplace import Workplace, write_text
+from nnunet_dsp.benchmark.tables import markdown_table, plain_table, write_csv
 from nnunet_dsp.dataset_conversion import raw_dataset
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -157,7 +156,7 @@ def write_report(
     text = markdown(facts, fixed, rows, records, tables, prices, curves, pictures, command, pretraining)
     write_text(folder / "report.md", text)
     short = "\n\n".join(
-        f"{where}\n{_plain_table(main_table(lines, prices))}" for where, lines in tables.items() if _any(lines)
+        f"{where}\n{plain_table(main_table(lines, prices))}" for where, lines in tables.items() if _any(lines)
     )
     status = _status(rows, records)
     return f"\n{short or 'No run has finished yet.'}\n\n{status}\nReport: {folder / 'report.md'}"
@@ -230,20 +229,6 @@ def _p(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2g}"
 
 
-def _markdown_table(table: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    lines.insert(1, "| --- |" + " ---: |" * (len(table[0]) - 1))
-    return "\n".join(lines)
-
-
-def _plain_table(table: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in table
-    )
-
-
 def markdown(
     facts: SourceFacts,
     fixed: Mapping[str, Any],
@@ -284,14 +269,14 @@ def markdown(
         if not _any(lines):
             parts.append("No run has finished yet.")
             continue
-        parts += [_markdown_table(main_table(lines, prices)), "Dice by class:"]
-        parts.append(_markdown_table(class_table(lines, facts.foreground, "Dice")))
+        parts += [markdown_table(main_table(lines, prices)), "Dice by class:"]
+        parts.append(markdown_table(class_table(lines, facts.foreground, "Dice")))
         tests = test_table(lines)
         if len(tests) > 1:
             parts += [
                 "Paired by test case (mean over classes, seeds averaged), Wilcoxon's signed-rank test, two-sided; Holm "
                 "corrects for the tests of this table. The spread over seeds (which cases have masks) is not in it.",
-                _markdown_table(tests),
+                markdown_table(tests),
             ]
         if where in pictures:
             parts.append(f"![best, median and worst case]({pictures[where]})")
@@ -316,7 +301,7 @@ def _about_pretraining(fixed: Mapping[str, Any], pretraining: Records) -> str:
 def _provenance(records: Records) -> str:
     lines = ["## Runs", ""]
     states = [s for r in records.values() for s in (r["code"], *r.get("code_before_interruption", ()))]
-    code = sorted({_code(state) for state in states})
+    code = sorted({code_state(state) for state in states})
     if len(code) > 1:
         lines.append("**The runs were not all trained by the same code of nnunet_dsp.**")
     lines += [f"- nnunet_dsp {state}" for state in code]
@@ -325,7 +310,7 @@ def _provenance(records: Records) -> str:
             lines.append(f"- {text}")
     for seed, cases in sorted(_masked(records).items()):
         lines.append(f"- seed {seed}, masked cases in the order in which they get their mask: {', '.join(cases)}")
-    lines += ["", _markdown_table(run_table(records))]
+    lines += ["", markdown_table(run_table(records))]
     return "\n".join(lines)
 
 
@@ -350,21 +335,13 @@ def run_table(records: Records) -> list[list[str]]:
     return table
 
 
-def _code(state: Mapping[str, Any]) -> str:
+def code_state(state: Mapping[str, Any]) -> str:
+    """Which code made a record, in words."""
     commit = f"commit {state['commit'][:12]}" if state["commit"] else "no commit"
     return f"{commit}{', changed' if state['changed'] else ''}, source {state['sha256']}"
 
 
 # --- CSV
-
-
-def _write_csv(file: Path, heading: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(heading)
-    for line in lines:
-        writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in line])
-    write_text(file, stream.getvalue())
 
 
 def _write_csvs(
@@ -386,10 +363,10 @@ def _write_csvs(
         tests += [[*where, a, b, *test, p] for (a, b, test), p in zip(found, corrected, strict=True)]
     heading = [f"{metric}{what}" for metric in METRICS for what in ("", "_sd")]
     where_heading = ["setting", "masks", "weak"]
-    _write_csv(
+    write_csv(
         folder / "table.csv", [*where_heading, "arm", "runs", "wanted", *heading, "gap_closed", "minutes"], table
     )
-    _write_csv(folder / "tests.csv", [*where_heading, "first", "second", "difference", "cases", "p", "p_holm"], tests)
+    write_csv(folder / "tests.csv", [*where_heading, "first", "second", "difference", "cases", "p", "p_holm"], tests)
     results, cases = [], []
     for row in rows:
         record = records.get(row.run)
@@ -403,8 +380,8 @@ def _write_csvs(
                 [*start, case, n, *(number(values[m]) for m in METRICS), row.run] for n, values in classes.items()
             ]
     start_heading = ["arm", "setting", "masks", "weak", "seed"]
-    _write_csv(folder / "results.csv", [*start_heading, "class", *METRICS, "run"], results)
-    _write_csv(folder / "per_case.csv", [*start_heading, "case", "class", *METRICS, "run"], cases)
+    write_csv(folder / "results.csv", [*start_heading, "class", *METRICS, "run"], results)
+    write_csv(folder / "per_case.csv", [*start_heading, "case", "class", *METRICS, "run"], cases)
 
 
 # --- curves
@@ -419,7 +396,7 @@ def write_curves(folder: Path, tables: Mapping[Place, Mapping[str, Line]], price
         if line.records
     ]
     heading = ["setting", "masks", "weak", "arm", "minutes", "Dice", "Dice_sd", "runs"]
-    _write_csv(folder / "curves.csv", heading, points)
+    write_csv(folder / "curves.csv", heading, points)
     names = []
     for name, axis, label in (
         ("curve_masks.png", 1, "masked cases"),

@@ -9,8 +9,17 @@ stopped.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from nnunet_dsp.benchmark.training_arguments import (
+    HELD_OUT,
+    RUNNING,
+    TRAINING,
+    add_held_out_arguments,
+    add_place_arguments,
+    add_running_arguments,
+    add_training_arguments,
+)
 
 EPILOG = """arms:
   full             every instance labelled, labelled edges only: the ceiling
@@ -30,31 +39,7 @@ examples, on two CPU cores:
 
 # What a call may not change in a folder that has runs already: name and default. The keys that `benchmark accuracy`
 # has too mean what they mean there.
-FIXED: dict[str, Any] = {
-    "dataset": None,
-    "configuration": "2d",
-    "planner": None,
-    "plans": "nnunet",
-    "patch": None,
-    "batch_size": None,
-    "features": None,
-    "epochs": 1000,
-    "iterations_per_epoch": 250,
-    "val_iterations": 1,
-    "optimizer": None,
-    "lr": None,
-    "precision": "float32",
-    "keep_background": False,
-    "evaluate_on": "test",
-    "test_cases": None,
-    "test_fold": None,
-    "test_share": None,
-    "val_cases": None,
-    "val_fold": None,
-    "val_share": None,
-    "split_seed": 0,
-    "group": None,
-}
+FIXED: dict[str, Any] = {"dataset": None, **TRAINING, "keep_background": False, **HELD_OUT}
 
 # How trained networks are turned into results: to change it, only prediction and evaluation are done anew.
 EVALUATION: dict[str, Any] = {
@@ -73,15 +58,14 @@ SELECTION: dict[str, Any] = {
     "share": [0.1],
     "seeds": [0, 1, 2],
 }
-HOW: dict[str, Any] = {"device": "cuda", "threads": None, "num_processes": None}
+HOW = RUNNING
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("-d", dest="dataset", metavar="ID", help="id or name of a raw dataset with instances")
-    parser.add_argument("-o", dest="output", metavar="DIR", type=Path, required=True, help="folder for all it makes")
+    add_place_arguments(parser, "instances")
 
     what = parser.add_argument_group("what is compared (remembered in DIR)")
     what.add_argument("--arms", metavar="ARM", nargs="+", help=f"see below (default: {' '.join(SELECTION['arms'])})")
@@ -100,35 +84,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="labelled background stays labelled (default: no)",
     )
-    data.add_argument("--evaluate-on", choices=("test", "val"), help="val: to choose parameters by (default: test)")
-    for part, help_text in (("test", "where there is no imagesTs with labelsTs"), ("val", "with --evaluate-on val")):
-        name = {"test": "test", "val": "validation"}[part]
-        data.add_argument(
-            f"--{part}-cases", metavar="CASE", nargs="+", help=f"training cases held out as {name} cases, {help_text}"
-        )
-        data.add_argument(
-            f"--{part}-fold", metavar="K", type=int, help="or the validation cases of a fold of splits_final.json (0)"
-        )
-        data.add_argument(f"--{part}-share", metavar="P", type=float, help="or a random share (default: 0.2)")
-    data.add_argument("--split-seed", metavar="S", type=int, help="of that random share (default: 0)")
-    data.add_argument(
-        "--group", metavar="REGEX", help="cases with the same match (say, of the section) are held out together"
-    )
+    add_held_out_arguments(data)
 
     train = parser.add_argument_group("training, the same for every arm (fixed once DIR exists)")
-    train.add_argument("-c", dest="configuration", help="2d or 3d_fullres (default: 2d)")
-    train.add_argument("--planner", metavar="NAME", help="nnU-Net's -pl, such as nnUNetPlannerResEncM")
-    train.add_argument("--plans", choices=("nnunet", "small"), help="small: as `nnunet_dsp plans` derives (nnunet)")
-    train.add_argument("--patch", metavar="N", type=int, nargs="+", help="with --plans small: patch size in voxels")
-    train.add_argument("--batch-size", metavar="N", type=int, help="with --plans small (default: as planned)")
-    train.add_argument("--features", metavar="N", type=int, nargs="+", help="with --plans small: channels by stage")
-    train.add_argument("--epochs", metavar="N", type=int, help="(default: 1000)")
-    train.add_argument("--iterations-per-epoch", metavar="N", type=int, help="(default: 250)")
-    train.add_argument("--val-iterations", metavar="N", type=int, help="of nnU-Net's online validation (default: 1)")
-    train.add_argument("--optimizer", choices=("adam", "released", "sgd"), help="as in CRACSettings (default: adam)")
-    train.add_argument("--lr", type=float, help="initial learning rate (default: the optimizer's own)")
-    train.add_argument(
-        "--precision", choices=("float32", "bfloat16"), help="on a CPU; as in `benchmark accuracy` (default: float32)"
+    add_training_arguments(
+        train,
+        configurations="2d or 3d_fullres",
+        optimizers=("adam", "released", "sgd"),
+        optimizer="adam, as in CRACSettings",
+        rate="the optimizer's own",
     )
 
     predict = parser.add_argument_group("prediction (to change it in a DIR, nothing is trained anew)")
@@ -145,13 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     how = parser.add_argument_group("how it runs")
-    how.add_argument("-device", "--device", choices=("cpu", "cuda", "mps"), help="(default: cuda)")
-    how.add_argument("--jobs", metavar="N", type=int, default=1, help="trainings side by side (default: 1)")
-    how.add_argument("--threads", metavar="N", type=int, help="of each training on a CPU (default: all cores)")
-    how.add_argument("--num-processes", metavar="N", type=int, help="of preprocessing and evaluation")
-    how.add_argument("--plan", action="store_true", help="say what would be done and how long it would take")
-    how.add_argument("--time", action="store_true", help="with --plan: time a few iterations first (prepares the data)")
-    how.add_argument("--report-only", action="store_true", help="report what has finished; train nothing")
+    add_running_arguments(how, "preprocessing and evaluation")
 
 
 def run(args: argparse.Namespace) -> int:

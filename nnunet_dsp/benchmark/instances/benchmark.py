@@ -14,12 +14,12 @@ from typing import Any
 
 from nnunet_dsp.benchmark.accuracy.arms import Grid
 from nnunet_dsp.benchmark.accuracy.benchmark import (
-    _ending_children,
-    _flag,
-    _same_dataset,
-    _shown,
+    ending_children,
+    flag_of,
     refuse_changed_defaults,
     refuse_missing_gpu,
+    same_dataset,
+    shown_value,
 )
 from nnunet_dsp.benchmark.accuracy.datasets import FULL, SourceFacts, evaluation_files, verify_source
 from nnunet_dsp.benchmark.accuracy.estimate import estimate
@@ -79,7 +79,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
         training = _set_up(place, wanted, grid, rows)
     if args.plan:
         print(_data(training.datasets.facts, wanted))
-        with _ending_children(place):
+        with ending_children(place):
             print(estimate(training, grid, jobs=args.jobs, time_now=True))
         return 0
     failed = _train_all(training, grid, args.jobs)
@@ -104,7 +104,7 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
             "Choose a new folder with -o."
         )
     if args.dataset is not None:
-        if stored is not None and _same_dataset(args.dataset, stored["fixed"]["dataset"]):
+        if stored is not None and same_dataset(args.dataset, stored["fixed"]["dataset"]):
             args.dataset = None
         else:
             args.dataset = raw_dataset.dataset_name(args.dataset)
@@ -122,11 +122,11 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
         begun = {name: stored["fixed"].get(name, default) for name, default in FIXED.items()}
         differences = [n for n in FIXED if fixed[n] != begun[n]]
         if differences:
+            told = [f"  {flag_of(n)}: {shown_value(begun[n])} there, {shown_value(fixed[n])} now" for n in differences]
             raise ValueError(
                 f"{args.output} was begun with another configuration, and its runs could not be compared with new "
-                "ones:\n"
-                + "\n".join(f"  {_flag(n)}: {_shown(begun[n])} there, {_shown(fixed[n])} now" for n in differences)
-                + "\nLeave these options out to go on as it was begun, or choose a new folder with -o."
+                "ones:\n" + "\n".join(told) + "\n"
+                "Leave these options out to go on as it was begun, or choose a new folder with -o."
             )
     if fixed["dataset"] is None:
         raise ValueError(f"-d is missing: which dataset? ({args.output} holds no benchmark yet.)")
@@ -145,18 +145,18 @@ def check(wanted: Wanted, args: argparse.Namespace) -> None:
     least |= {"min_size": 0, "threads": 1, "num_processes": 1, "jobs": 1}
     for name, lowest in least.items():
         if values[name] is not None and values[name] < lowest:
-            raise ValueError(f"{_flag(name)}: expected {lowest} or more, but got {values[name]}.")
+            raise ValueError(f"{flag_of(name)}: expected {lowest} or more, but got {values[name]}.")
     for name, below in (("step_size", 0.5), ("threshold", 1.0)):
         if not 0 < values[name] <= below or (name == "threshold" and values[name] == 1):
-            raise ValueError(f"{_flag(name)}: expected a number above 0, up to {below:g}, but got {values[name]}.")
+            raise ValueError(f"{flag_of(name)}: expected a number above 0, up to {below:g}, but got {values[name]}.")
     if values["lr"] is not None and not 0 < values["lr"] < float("inf"):
         raise ValueError(f"--lr: expected a number above 0, but got {values['lr']}.")
     for name in ("patch", "batch_size", "features"):
         if values["plans"] != "small" and values[name] is not None:
-            raise ValueError(f"{_flag(name)} goes with --plans small.")
+            raise ValueError(f"{flag_of(name)} goes with --plans small.")
     for name in ("patch", "features"):
         if values[name] is not None and min(values[name]) < 1:
-            raise ValueError(f"{_flag(name)}: expected numbers of 1 or more, but got {_shown(values[name])}.")
+            raise ValueError(f"{flag_of(name)}: expected numbers of 1 or more, but got {shown_value(values[name])}.")
     if any(seed < 0 for seed in wanted.selection["seeds"]):
         raise ValueError("--seeds: expected whole numbers of 0 or more.")
     if args.time and not args.plan:
@@ -238,7 +238,7 @@ def _train_all(training: InstanceTraining, grid: Grid, jobs: int) -> dict[str, B
             if loss is not None:
                 bar.write(f"  {run}: epoch {epoch} of {epochs}, loss {loss:.3f}")
 
-    with bar, _ending_children(training.place), ThreadPoolExecutor(jobs) as pool:
+    with bar, ending_children(training.place), ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(training.execute, run, None, progress): run.id for run in waiting}
         try:
             for future in as_completed(futures):
@@ -291,9 +291,9 @@ def command_line(place: Workplace, wanted: Wanted) -> str:
             if name == "arm":
                 words += [word for text in value for word in ("--arm", text)]
             elif isinstance(value, bool):
-                words.append(_flag(name) if value else f"--no-{name.replace('_', '-')}")
+                words.append(flag_of(name) if value else f"--no-{name.replace('_', '-')}")
             else:
-                words += [_flag(name), *map(str, value if isinstance(value, list) else [value])]
+                words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 

@@ -19,9 +19,10 @@ import numpy as np
 
 from nnunet_dsp.benchmark.accuracy.datasets import FULL
 from nnunet_dsp.benchmark.accuracy.measures import mean, number, spread
-from nnunet_dsp.benchmark.accuracy.report import _code, _markdown_table, _plain_table, _write_csv
+from nnunet_dsp.benchmark.accuracy.report import code_state
 from nnunet_dsp.benchmark.accuracy.workplace import Workplace, write_text
 from nnunet_dsp.benchmark.instances.runs import InstanceData, Row
+from nnunet_dsp.benchmark.tables import markdown_table, plain_table, write_csv
 from nnunet_dsp.dataset_conversion import raw_dataset
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -117,7 +118,7 @@ def write_report(
         "Means over cases, then over seeds; ± is the standard deviation over seeds, which choose the labelled "
         "instances and the initialisation. ARAND and VOI (bits): 0 is perfect; AP50, AP and PQ: 1 is. *Labelled*: "
         "how many instances of the training cases are.",
-        _markdown_table(main_table(lines)),
+        markdown_table(main_table(lines)),
     ]
     for title, table in (
         ("Relative difference to `full`, on the same seeds:", against_full(lines)),
@@ -125,11 +126,11 @@ def write_report(
          against_supervised(lines)),
     ):  # fmt: skip
         if len(table) > 1:
-            parts += [title, _markdown_table(table)]
+            parts += [title, markdown_table(table)]
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
     parts.append(_provenance(records))
     write_text(place.folder / "report.md", "\n\n".join(parts) + "\n")
-    return f"\n{_plain_table(main_table(lines))}\n\n{status}\nReport: {place.folder / 'report.md'}"
+    return f"\n{plain_table(main_table(lines))}\n\n{status}\nReport: {place.folder / 'report.md'}"
 
 
 # --- tables
@@ -179,7 +180,7 @@ def against_supervised(lines: Sequence[Line]) -> list[list[str]]:
 
 def _provenance(records: Records) -> str:
     lines = ["## Runs", ""]
-    code = sorted({_code(s) for r in records.values() for s in (r["code"], *r["code_before_interruption"])})
+    code = sorted({code_state(s) for r in records.values() for s in (r["code"], *r["code_before_interruption"])})
     if len(code) > 1:
         lines.append("**The runs were not all trained by the same code of nnunet_dsp.**\n")
     lines += [f"- nnunet_dsp {state}" for state in code]
@@ -191,7 +192,7 @@ def _provenance(records: Records) -> str:
         values = [f"{number(record['means'].get(m)):.3f}" for m in ("arand", "voi")]
         spent = f"{record['seconds']['train'] / 60:.1f}"
         table.append([f"`{run}`", *values, spent, str(record["interruptions"]), record["finished"]])
-    return "\n".join([*lines, "", _markdown_table(table)])
+    return "\n".join([*lines, "", markdown_table(table)])
 
 
 def _write_csvs(folder: Path, rows: Sequence[Row], records: Records, lines: Sequence[Line]) -> None:
@@ -202,7 +203,7 @@ def _write_csvs(folder: Path, rows: Sequence[Row], records: Records, lines: Sequ
         to_full = [math.nan if full is None else relative_difference(line, full, m) for m in COMPARED]
         table.append([line.arm, line.share, len(line.records), line.expected, *values, *to_full])
     heading = [f"{m}{what}" for m in MEASURES for what in ("", "_sd")] + [f"{m}_to_full" for m in COMPARED]
-    _write_csv(folder / "table.csv", ["arm", "share", "runs", "wanted", *heading], table)
+    write_csv(folder / "table.csv", ["arm", "share", "runs", "wanted", *heading], table)
     done = [(row, records[row.run]) for row in rows if row.run in records]
     names = list(dict.fromkeys(name for _, record in done for name in record["means"]))
     results = [
@@ -214,8 +215,8 @@ def _write_csvs(folder: Path, rows: Sequence[Row], records: Records, lines: Sequ
         for row, record in done
         for case, values in record["per_case"].items()
     ]
-    _write_csv(folder / "results.csv", ["arm", "share", "seed", *names, "train_seconds", "run"], results)
-    _write_csv(folder / "per_case.csv", ["arm", "share", "seed", "case", *names, "run"], cases)
+    write_csv(folder / "results.csv", ["arm", "share", "seed", *names, "train_seconds", "run"], results)
+    write_csv(folder / "per_case.csv", ["arm", "share", "seed", "case", *names, "run"], cases)
 
 
 # --- pictures
