@@ -195,7 +195,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--threshold: expected a number from 0 to 1, but got {args.threshold}.")
     source = raw_dataset.read_dataset(args.source)
     labels = source.labels
-    target = _target(args, source)
+    target = raw_dataset.derived_dataset_folder(
+        source.folder, args.target, args.name, "Pseudo", overwrite=args.overwrite
+    )
     if not args.predictions.is_dir():
         raise FileNotFoundError(f"-i: there is no folder {args.predictions}.")
     new_ignore = max(labels.values()) + 1 if source.ignore_label is None else source.ignore_label
@@ -218,24 +220,6 @@ def run(args: argparse.Namespace) -> int:
         print("  No voxel is 'ignore', so dataset.json declares no such label.")
     print(f"Next: nnUNetv2_plan_and_preprocess -d {target.name[7:10]} (or nnUNetv2_preprocess with plans moved there)")
     return 0
-
-
-def _target(args: argparse.Namespace, source: RawDataset) -> Path:
-    number, name = args.target, args.name
-    if args.target.startswith("Dataset") and args.target[7:10].isdigit() and args.target[10:11] == "_":
-        number, given = args.target[7:10], args.target[11:]
-        if name not in (None, given):
-            raise ValueError(f"-o {args.target} and --name {name} disagree. Give one of them.")
-        name = given
-    if not number.isdigit():
-        raise ValueError(
-            f"-o: expected an id such as 502 or a name such as Dataset502_CellsPseudo, but got {args.target!r}."
-        )
-    name = name or source.folder.name.split("_", 1)[-1] + "Pseudo"
-    target = raw_dataset.new_dataset_folder(int(number), name, overwrite=args.overwrite)
-    if target.resolve() == source.folder.resolve():
-        raise ValueError(f"-d and -o are the same dataset, {target.name}. The source is never changed.")
-    return target
 
 
 def _jobs(args: argparse.Namespace, source: RawDataset, folder: Path, new_ignore: int) -> list[_Job]:

@@ -110,6 +110,36 @@ def new_dataset_folder(dataset_id: int, name: str, *, overwrite: bool = False) -
     return target
 
 
+def derived_dataset_folder(source: Path, given: str, name: str | None, suffix: str, *, overwrite: bool) -> Path:
+    """Where a dataset that is derived from another one goes.
+
+    Args:
+        source: the other one's folder.
+        given: what the user gave as -o: an id, or a name such as Dataset502_Cells.
+        name: and as --name; without any, the source's name and `suffix`.
+        overwrite: as in new_dataset_folder().
+
+    Raises:
+        ValueError: as there, or it is the source itself, or `given` and `name` disagree.
+        FileExistsError: as there.
+    """
+    number = given
+    if given.startswith("Dataset") and given[7:10].isdigit() and given[10:11] == "_":
+        number, own = given[7:10], given[11:]
+        if name not in (None, own):
+            raise ValueError(f"-o {given} and --name {name} disagree. Give one of them.")
+        name = own
+    name = name or source.name.split("_", 1)[-1] + suffix
+    if not number.isdigit():
+        raise ValueError(f"-o: expected an id such as 502 or a name such as Dataset502_{name}, but got {given!r}.")
+    target = new_dataset_folder(int(number), name, overwrite=overwrite)
+    if target.resolve() == source.resolve():
+        raise ValueError(
+            f"-d and -o are the same dataset, {target.name}. The source is never changed; choose another id."
+        )
+    return target
+
+
 @contextmanager
 def building(target: Path) -> Iterator[Path]:
     """Build a folder under another name and give it its own only when it is complete.

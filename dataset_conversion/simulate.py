@@ -279,26 +279,6 @@ def _options(args: argparse.Namespace, labels: Mapping[str, int]) -> WeakOptions
     )
 
 
-def _target(args: argparse.Namespace, source: RawDataset) -> Path:
-    number, name = args.target, args.name
-    if args.target.startswith("Dataset") and args.target[7:10].isdigit() and args.target[10:11] == "_":
-        number, given = args.target[7:10], args.target[11:]
-        if name not in (None, given):
-            raise ValueError(f"-o {args.target} and --name {name} disagree. Give one of them.")
-        name = given
-    if not number.isdigit():
-        raise ValueError(
-            f"-o: expected an id such as 502 or a name such as Dataset502_VNCweak, but got {args.target!r}."
-        )
-    name = name or source.folder.name.split("_", 1)[-1] + "Weak"
-    target = raw_dataset.new_dataset_folder(int(number), name, overwrite=args.overwrite)
-    if target.resolve() == source.folder.resolve():
-        raise ValueError(
-            f"-d and -o are the same dataset, {target.name}. The source is never changed; choose another id."
-        )
-    return target
-
-
 def net_like_classes(coverages: list[dict[str, float]]) -> dict[str, float]:
     """Classes whose boxes cover more than half of the image in more than half of the cases that show them.
 
@@ -329,7 +309,9 @@ def _simulate_instances(args: argparse.Namespace, source: RawDataset) -> int:
     """A share of each image's instances; nothing else can be asked for at the same time."""
     if any(getattr(args, kind) for kind in (*KINDS, "unlabelled", "masks", "masked_cases", "masks_only")):
         raise ValueError("--instances makes a dataset of its own kind: leave --masks, --points and the like out.")
-    target = _target(args, source)
+    target = raw_dataset.derived_dataset_folder(
+        source.folder, args.target, args.name, "Weak", overwrite=args.overwrite
+    )
     counted = write_sparse_dataset(
         source,
         target,
@@ -368,7 +350,9 @@ def run(args: argparse.Namespace) -> int:
             f"{source.folder}: simulate needs a mask for every case, but {len(missing)} have none: "
             f"{', '.join(missing[:10])}."
         )
-    target = _target(args, source)
+    target = raw_dataset.derived_dataset_folder(
+        source.folder, args.target, args.name, "Weak", overwrite=args.overwrite
+    )
     reader_writer = source.reader_writer()
     kinds_of = _assign(args, source, reader_writer)
     everyone = list(source.cases)

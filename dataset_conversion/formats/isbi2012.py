@@ -9,13 +9,13 @@ Source: Arganda-Carreras et al., Crowdsourcing the creation of image segmentatio
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nnunet_dsp.dataset_conversion import raw_dataset
-from nnunet_dsp.dataset_conversion.parallel import default_num_processes, map_cases
+from nnunet_dsp.dataset_conversion.parallel import map_cases
+from nnunet_dsp.dataset_conversion.sections import add_section_arguments, choose_sections, find_pairs
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, split_by_group
 
 NAME = "isbi2012"
@@ -31,29 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-d", dest="dataset_id", metavar="ID", type=int, required=True, help="id of the new dataset, 1 to 999"
     )
     parser.add_argument("--name", default="ISBI2012", help="name of the new dataset (default: %(default)s)")
-    parser.add_argument(
-        "--train-sections",
-        metavar="N",
-        type=int,
-        nargs="+",
-        help="numbers of the sections for imagesTr (default: all that are far enough from the test sections)",
-    )
-    parser.add_argument(
-        "--test-sections",
-        metavar="N",
-        type=int,
-        nargs="*",
-        help="numbers of the sections for imagesTs and labelsTs (default: the last fifth)",
-    )
-    parser.add_argument(
-        "--gap",
-        metavar="SECTIONS",
-        type=int,
-        default=1,
-        help="sections left out between training and test, and training and validation (default: %(default)s)",
-    )
-    parser.add_argument("--num-processes", metavar="N", type=int, default=default_num_processes())
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that nnunet_dsp made before")
+    add_section_arguments(parser)
 
 
 def find_sections(source: Path) -> dict[int, tuple[Path, Path]]:
@@ -65,54 +43,7 @@ def find_sections(source: Path) -> dict[int, tuple[Path, Path]]:
     """
     if not (source / "image").is_dir() or not (source / "label").is_dir():
         raise FileNotFoundError(f"{source}: expected the folders image and label in it, with 0.png, 1.png, ...")
-    images, labels = _by_number(source / "image"), _by_number(source / "label")
-    if images.keys() != labels.keys() or not images:
-        lonely = sorted(images.keys() ^ labels.keys())
-        raise ValueError(
-            f"{source}: expected one image/N.png and one label/N.png for every section, but got {len(images)} and "
-            f"{len(labels)}" + (f"; sections {lonely} have only one of them." if lonely else ".")
-        )
-    return {n: (images[n], labels[n]) for n in sorted(images)}
-
-
-def _by_number(folder: Path) -> dict[int, Path]:
-    files: dict[int, Path] = {}
-    for file in sorted(folder.glob("*.png")):
-        if not file.stem.isascii() or not file.stem.isdigit():
-            raise ValueError(f"{file}: expected a file name that is the section's number, such as 7.png.")
-        if int(file.stem) in files:
-            raise ValueError(f"{file} and {files[int(file.stem)].name} are both section {int(file.stem)}.")
-        files[int(file.stem)] = file
-    return files
-
-
-def choose_sections(
-    numbers: Sequence[int], train: Sequence[int] | None, test: Sequence[int] | None, gap: int
-) -> tuple[list[int], list[int]]:
-    """Section numbers for training and for test; those nearer than `gap` + 1 to a test section are in neither.
-
-    Raises:
-        ValueError: sections that do not exist, that are named for both, or for training within the gap.
-    """
-    if test is None:
-        test = sorted(numbers)[len(numbers) - round(len(numbers) / 5) :]
-        test = [n for n in test if n not in set(train or ())]
-    for option, named in (("--train-sections", train), ("--test-sections", test)):
-        unknown = sorted(set(named or ()) - set(numbers))
-        if unknown:
-            raise ValueError(f"{option}: there is no section {unknown}; there are {min(numbers)} to {max(numbers)}.")
-    free = [n for n in sorted(numbers) if all(abs(n - t) > gap for t in test)]
-    if train is not None:
-        near = sorted(set(train) - set(free))
-        if near:
-            raise ValueError(
-                f"--train-sections: {near} lie within {gap} sections (--gap) of the test sections {sorted(test)}, and "
-                "neighbours look alike. Name others, or say --gap 0 if they are not test sections themselves."
-            )
-        free = sorted(set(train))
-    if not free:
-        raise ValueError(f"No section is left for training with test sections {sorted(test)} and a gap of {gap}.")
-    return free, sorted(set(test))
+    return find_pairs(source, ("image", ".png"), ("label", ".png"))
 
 
 def _convert_section(job: tuple[int, Path, Path, Path, Path]) -> str:
@@ -139,8 +70,6 @@ def _convert_section(job: tuple[int, Path, Path, Path, Path]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.gap < 0:
-        raise ValueError(f"Expected --gap of 0 or more, but got {args.gap}.")
     sections = find_sections(args.source)
     train, test = choose_sections(list(sections), args.train_sections, args.test_sections, args.gap)
     target = raw_dataset.new_dataset_folder(args.dataset_id, args.name, overwrite=args.overwrite)

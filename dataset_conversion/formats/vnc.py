@@ -10,7 +10,6 @@ Source: Gerhard et al., Segmented anisotropic ssTEM dataset of neural tissue, fi
 """
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import numpy as np
 
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.blocks import block_majority, block_mean
-from nnunet_dsp.dataset_conversion.parallel import default_num_processes, map_cases
+from nnunet_dsp.dataset_conversion.parallel import map_cases
+from nnunet_dsp.dataset_conversion.sections import add_section_arguments, choose_sections, find_pairs
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, split_by_group
 
 NAME = "vnc"
@@ -57,22 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cut into squares of this many pixels, after shrinking; image-level labels say something from "
         "256 pixels down (default: 0, whole sections)",
     )
-    parser.add_argument(
-        "--test-sections",
-        metavar="N",
-        type=int,
-        nargs="*",
-        help="numbers of the sections for imagesTs and labelsTs (default: the last fifth)",
-    )
-    parser.add_argument(
-        "--gap",
-        metavar="SECTIONS",
-        type=int,
-        default=1,
-        help="sections left out between training and test, and training and validation (default: %(default)s)",
-    )
-    parser.add_argument("--num-processes", metavar="N", type=int, default=default_num_processes())
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that nnunet_dsp made before")
+    add_section_arguments(parser)
 
 
 def find_sections(source: Path) -> dict[int, tuple[Path, Path]]:
@@ -87,26 +72,7 @@ def find_sections(source: Path) -> dict[int, tuple[Path, Path]]:
         raise FileNotFoundError(
             f"{source}: expected the folders stack1/raw and stack1/labels (or raw and labels) in it."
         )
-    raw, labels = _by_number(stack / "raw", ".tif"), _by_number(stack / "labels", ".png")
-    if raw.keys() != labels.keys() or not raw:
-        lonely = sorted(raw.keys() ^ labels.keys())
-        raise ValueError(
-            f"{stack}: expected one raw/*.tif and one labels/*.png for every section, but got {len(raw)} and "
-            f"{len(labels)}" + (f"; sections {lonely} have only one of them." if lonely else ".")
-        )
-    return {n: (raw[n], labels[n]) for n in sorted(raw)}
-
-
-def _by_number(folder: Path, ending: str) -> dict[int, Path]:
-    files: dict[int, Path] = {}
-    for file in sorted(folder.glob(f"*{ending}")):
-        digits = re.search(r"(\d+)$", file.stem)
-        if digits is None:
-            raise ValueError(f"{file}: expected a file name that ends in the section's number, such as 07{ending}.")
-        if int(digits[1]) in files:
-            raise ValueError(f"{file} and {files[int(digits[1])].name} are both section {int(digits[1])}.")
-        files[int(digits[1])] = file
-    return files
+    return find_pairs(stack, ("raw", ".tif"), ("labels", ".png"))
 
 
 def merge_codes(codes: np.ndarray, source: str) -> np.ndarray:
@@ -132,19 +98,6 @@ def keep_classes(names: Sequence[str]) -> tuple[dict[str, int], np.ndarray]:
     kept = {"background": 0}
     kept.update({name: number for number, name in enumerate((n for n in there if n in names), start=1)})
     return kept, np.array([kept.get(name, 0) for name in LABELS], np.uint8)
-
-
-def choose_sections(numbers: Sequence[int], test: Sequence[int] | None, gap: int) -> tuple[list[int], list[int]]:
-    """Section numbers for training and for test; those nearer than `gap` + 1 to a test section are in neither."""
-    if test is None:
-        test = sorted(numbers)[len(numbers) - round(len(numbers) / 5) :]
-    unknown = sorted(set(test) - set(numbers))
-    if unknown:
-        raise ValueError(f"--test-sections: there is no section {unknown}; there are {min(numbers)} to {max(numbers)}.")
-    train = [n for n in numbers if all(abs(n - t) > gap for t in test)]
-    if not train:
-        raise ValueError(f"No section is left for training with test sections {sorted(test)} and a gap of {gap}.")
-    return train, sorted(test)
 
 
 def _convert_section(job: tuple[int, Path, Path, Path, Path, int, int, np.ndarray]) -> tuple[int, list[str], list[int]]:
@@ -174,14 +127,13 @@ def _convert_section(job: tuple[int, Path, Path, Path, Path, int, int, np.ndarra
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.downsample < 1 or args.crop < 0 or args.gap < 0:
+    if args.downsample < 1 or args.crop < 0:
         raise ValueError(
-            f"Expected --downsample of 1 or more, --crop and --gap of 0 or more, but got {args.downsample}, "
-            f"{args.crop} and {args.gap}."
+            f"Expected --downsample of 1 or more and --crop of 0 or more, but got {args.downsample} and {args.crop}."
         )
     labels_kept, table = keep_classes(args.classes)
     sections = find_sections(args.source)
-    train, test = choose_sections(list(sections), args.test_sections, args.gap)
+    train, test = choose_sections(list(sections), args.train_sections, args.test_sections, args.gap)
     target = raw_dataset.new_dataset_folder(args.dataset_id, args.name, overwrite=args.overwrite)
     with raw_dataset.building(target) as folder:
         jobs = []

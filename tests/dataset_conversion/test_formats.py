@@ -10,8 +10,9 @@ from skimage import io
 
 from nnunet_dsp.dataset_conversion import convert
 from nnunet_dsp.dataset_conversion.blocks import block_majority, block_mean
-from nnunet_dsp.dataset_conversion.formats import synthetic, vnc
+from nnunet_dsp.dataset_conversion.formats import synthetic
 from nnunet_dsp.dataset_conversion.raw_dataset import RECORD, read_dataset
+from nnunet_dsp.dataset_conversion.sections import choose_sections
 
 CODES = (0, 32, 64, 96, 128, 159, 191, 223, 255)
 CLASS_OF = {0: 1, 32: 1, 64: 1, 96: 1, 128: 1, 159: 2, 191: 3, 223: 4, 255: 0}
@@ -284,5 +285,5 @@ def test_sizes_that_make_no_cells_are_refused(nnunet, call):
 
 
 def test_default_test_sections_are_the_last_fifth():
-    assert vnc.choose_sections(range(20), None, 1) == (list(range(15)), [16, 17, 18, 19])
-    assert vnc.choose_sections(range(13), None, 0) == (list(range(10)), [10, 11, 12])
+    assert choose_sections(range(20), None, None, 1) == (list(range(15)), [16, 17, 18, 19])
+    assert choose_sections(range(13), None, None, 0) == (list(range(10)), [10, 11, 12])

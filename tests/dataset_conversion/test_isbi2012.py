@@ -7,8 +7,8 @@ import pytest
 from skimage import io
 
 from nnunet_dsp.dataset_conversion import convert
-from nnunet_dsp.dataset_conversion.formats import isbi2012
 from nnunet_dsp.dataset_conversion.raw_dataset import RECORD
+from nnunet_dsp.dataset_conversion.sections import choose_sections
 
 
 @pytest.fixture
@@ -49,16 +49,16 @@ def test_membranes_become_the_foreground_and_sections_are_kept_apart(stack, nnun
 
 def test_sections_can_be_named():
     numbers = list(range(10))
-    assert isbi2012.choose_sections(numbers, [1, 0], [7], 1) == ([0, 1], [7])
-    assert isbi2012.choose_sections(numbers, None, [0, 9], 2) == ([3, 4, 5, 6], [0, 9])
-    assert isbi2012.choose_sections(numbers, None, [], 1) == (numbers, [])
-    assert isbi2012.choose_sections(numbers, [2], None, 1) == ([2], [8, 9])
+    assert choose_sections(numbers, [1, 0], [7], 1) == ([0, 1], [7])
+    assert choose_sections(numbers, None, [0, 9], 2) == ([3, 4, 5, 6], [0, 9])
+    assert choose_sections(numbers, None, [], 1) == (numbers, [])
+    assert choose_sections(numbers, [2], None, 1) == ([2], [8, 9])
     with pytest.raises(ValueError, match=r"--train-sections: \[6, 7\] lie within 1 sections"):
-        isbi2012.choose_sections(numbers, [1, 6, 7], [7], 1)
+        choose_sections(numbers, [1, 6, 7], [7], 1)
     with pytest.raises(ValueError, match=r"--test-sections: there is no section \[12\]; there are 0 to 9"):
-        isbi2012.choose_sections(numbers, None, [12], 1)
+        choose_sections(numbers, None, [12], 1)
     with pytest.raises(ValueError, match="No section is left for training"):
-        isbi2012.choose_sections(numbers, None, [2, 7], 8)
+        choose_sections(numbers, None, [2, 7], 8)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_sections_can_be_named():
         (lambda s: (s / "image").rename(s / "images"), "expected the folders image and label"),
         (lambda s: io.imsave(s / "image" / "3.png", np.zeros((20, 29), "u1"), check_contrast=False),
          r"image/3\.png and .*: expected two uint8 images of one shape"),
-        (lambda s: (s / "image" / "3.png").rename(s / "image" / "three.png"), "file name that is the section's"),
+        (lambda s: (s / "image" / "3.png").rename(s / "image" / "three.png"), "file name that ends in the section's"),
         (lambda s: (s / "image" / "03.png").write_bytes((s / "image" / "3.png").read_bytes()), "are both section 3"),
     ],
 )  # fmt: skip
