@@ -92,7 +92,7 @@ def _main_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
     candidates = {
         "cross entropy": _cross_entropy(batch),
         "four DSP losses": _dsp(batch),
-        "marginal and pseudo-label loss": _backward(batch, lambda: sum(_of_sets(batch)[:2])),
+        "marginal and pseudo-label loss": _backward(batch, lambda: torch.stack(_of_sets(batch)[:2]).sum()),
     }
     times = time_in_turn(candidates, device, warmup=args.warmup, repeats=args.repeats)
     peaks = {name: peak_bytes(candidate, device) for name, candidate in candidates.items()}
