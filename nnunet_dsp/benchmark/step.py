@@ -41,10 +41,15 @@ class Plans(NamedTuple):
 
 
 SMALL = {"2D": Plans((192, 192), 4, (16, 32, 64, 128, 192)), "3D": Plans((64, 64, 64), 2, (12, 24, 48, 96))}
+WIDE = {
+    "2D": Plans((192, 192), 2, (32, 64, 128, 256, 512, 512)),
+    "3D": Plans((48, 48, 48), 2, (32, 64, 128, 256)),
+}
 FULL = {
     "2D": Plans((512, 512), 12, (32, 64, 128, 256, 512, 512, 512, 512)),
     "3D": Plans((128, 128, 128), 2, (32, 64, 128, 256, 320, 320)),
 }
+SIZES = {"small": SMALL, "wide": WIDE, "full": FULL}
 TRAINERS = ("nnUNetTrainer", "nnUNetTrainerDSP", "nnUNetTrainerDSP_standardHead", "nnUNetTrainerDSP_noDSPLoss")
 
 
@@ -52,18 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "A step is forward, loss, backward and optimiser on a batch at hand; loading is `benchmark loader`'s. Half of "
         "each batch is masked, the other half carries tags, 20 points and 20 boxes a patch. Small plans on a CPU "
-        "(2D: 4 patches of 192 squared, 3D: 2 of 64 cubed), nnU-Net's usual ones on CUDA (12 of 512 squared, 2 of 128 "
+        "(2D: 4 patches of 192 squared, 3D: 2 of 64 cubed; wide: nnU-Net's usual channels on patches that a CPU can "
+        "take), nnU-Net's usual ones on CUDA (12 of 512 squared, 2 of 128 "
         "cubed), where AMP is on as in training, and torch.compile as nnUNet_compile says."
     )
     add_timing_arguments(parser, repeats=15)
     parser.add_argument("--only", choices=("2D", "3D"), help="measure this configuration alone (default: both)")
-    parser.add_argument("--plans", choices=("small", "full"), help="default: small on a CPU, full on CUDA")
+    parser.add_argument("--plans", choices=SIZES, help="default: small on a CPU, full on CUDA")
 
 
 def run(args: argparse.Namespace) -> int:
     device = check_timing_arguments(args)
     size = args.plans or ("full" if device.type == "cuda" else "small")
-    sizes = SMALL if size == "small" else FULL
+    sizes = SIZES[size]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="nnunet_dsp_step_") as folder, _nnunet_folders(Path(folder)):
         for name in sizes if args.only is None else [args.only]:
