@@ -30,6 +30,7 @@ class Workspace:
             "nnUNet_extTrainer": os.pathsep.join([str(entry), str(QUICK)]),
             "nnUNet_n_proc_DA": "1",
             "nnUNet_def_n_proc": "1",
+            "PYTHONUNBUFFERED": "1",  # what a killed training had said is not lost with its buffer
             "OMP_WAIT_POLICY": "PASSIVE",  # on two busy cores, threads that spin while they wait slow everything down
             "PYTHONPATH": os.pathsep.join(filter(None, [str(link_source(root)), os.environ.get("PYTHONPATH")])),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
