@@ -18,6 +18,7 @@ from types import ModuleType
 
 from nnunet_dsp.annotations import AnnotationError, LabelNames
 from nnunet_dsp.dataset_conversion import raw_dataset
+from nnunet_dsp.dataset_conversion.arguments import add_processes_argument
 from nnunet_dsp.dataset_conversion.image_files import ImageFolder, stem_of
 from nnunet_dsp.dataset_conversion.image_store import Form, ImageInfo, check_fits, common_form, probe
 from nnunet_dsp.dataset_conversion.import_cases import DEFAULT_WIDTH, KINDS, Options
@@ -34,7 +35,7 @@ from nnunet_dsp.dataset_conversion.import_writing import (
 )
 from nnunet_dsp.dataset_conversion.imported import SourceImage
 from nnunet_dsp.dataset_conversion.importers import available_importers
-from nnunet_dsp.dataset_conversion.parallel import default_num_processes, map_cases
+from nnunet_dsp.dataset_conversion.parallel import map_cases
 from nnunet_dsp.label_names import BACKGROUND, IGNORE
 
 SHOWN = 12  # notes and problems printed
@@ -138,7 +139,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--spacing", metavar="S", type=float, nargs=3, help="voxel size of TIFF stacks along z, y, x, in any unit"
     )
-    parser.add_argument("--num-processes", metavar="N", type=int, default=default_num_processes())
+    add_processes_argument(parser)
 
 
 @dataclass

@@ -30,9 +30,10 @@ from nnunet_dsp.annotations import (
     read_annotations,
 )
 from nnunet_dsp.dataset_conversion import raw_dataset
+from nnunet_dsp.dataset_conversion.arguments import add_processes_argument
 from nnunet_dsp.dataset_conversion.fingerprint import fingerprint_is_contaminated, write_fingerprint
 from nnunet_dsp.dataset_conversion.instance_labels import ignore_value, is_instance_dataset
-from nnunet_dsp.dataset_conversion.parallel import default_num_processes, map_cases
+from nnunet_dsp.dataset_conversion.parallel import map_cases
 from nnunet_dsp.dataset_conversion.raw_dataset import RawCase, RawDataset
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, read_splits
 
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="check, and say what would be changed, but change nothing"
     )
     parser.add_argument("--all-problems", action="store_true", help=f"print every problem (default: the {SHOWN} worst)")
-    parser.add_argument("--num-processes", metavar="N", type=int, default=default_num_processes())
+    add_processes_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,7 +24,8 @@ import numpy as np
 
 from nnunet_dsp.annotations import LabelNames, case_file, check_against_image, describe_source, read_annotations
 from nnunet_dsp.dataset_conversion import raw_dataset
-from nnunet_dsp.dataset_conversion.parallel import default_num_processes, map_cases
+from nnunet_dsp.dataset_conversion.arguments import add_making_arguments
+from nnunet_dsp.dataset_conversion.parallel import map_cases
 from nnunet_dsp.dataset_conversion.raw_dataset import EVALUATION_FOLDER, RawCase, RawDataset
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, read_splits
 
@@ -59,8 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="predicted voxels whose highest probability is below P become 'ignore', 0 to 1 (default: 0, none)",
     )
-    parser.add_argument("--num-processes", metavar="N", type=int, default=default_num_processes())
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that nnunet_dsp made before")
+    add_making_arguments(parser)
 
 
 class _Job(NamedTuple):

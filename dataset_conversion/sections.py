@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_dsp.dataset_conversion.parallel import default_num_processes
+from nnunet_dsp.dataset_conversion.arguments import add_making_arguments
 
 
 def add_section_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +31,7 @@ def add_section_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="sections left out between training and test, and training and validation (default: %(default)s)",
     )
-    parser.add_argument("--num-processes", metavar="N", type=int, default=default_num_processes())
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that nnunet_dsp made before")
+    add_making_arguments(parser)
 
 
 def find_pairs(source: Path, image: tuple[str, str], label: tuple[str, str]) -> dict[int, tuple[Path, Path]]:

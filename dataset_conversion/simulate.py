@@ -31,9 +31,10 @@ import numpy as np
 
 from nnunet_dsp.annotations import Annotations, LabelNames, case_file, write_annotations
 from nnunet_dsp.dataset_conversion import raw_dataset
+from nnunet_dsp.dataset_conversion.arguments import add_making_arguments
 from nnunet_dsp.dataset_conversion.instance_labels import write_sparse_dataset
 from nnunet_dsp.dataset_conversion.mixture import KINDS, Count, assign
-from nnunet_dsp.dataset_conversion.parallel import default_num_processes, map_cases
+from nnunet_dsp.dataset_conversion.parallel import map_cases
 from nnunet_dsp.dataset_conversion.raw_dataset import EVALUATION_FOLDER, RawCase, RawDataset
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, Split, read_splits, split_masked
 from nnunet_dsp.dataset_conversion.weak_labels import WeakOptions, annotate, box_coverage, rectangle, scribble
@@ -188,8 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the masks show these classes only, all else is background, and mask_labels says so (default: all)",
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same dataset (default: %(default)s)")
-    parser.add_argument("--num-processes", metavar="N", type=int, default=default_num_processes())
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that nnunet_dsp made before")
+    add_making_arguments(parser)
 
 
 class _Job(NamedTuple):

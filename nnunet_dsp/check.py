@@ -30,7 +30,7 @@ _RGB = frozenset({"r", "g", "b", "red", "green", "blue", "rgb_to_0_1"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from nnunet_dsp.dataset_conversion.parallel import default_num_processes
+    from nnunet_dsp.dataset_conversion.arguments import add_processes_argument
 
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="size that the pictures of the page may have; beyond it cases without findings go without "
         "(default: %(default)s)",
     )
-    parser.add_argument("--num-processes", metavar="N", type=int, default=default_num_processes())
+    add_processes_argument(parser)
     batches = parser.add_argument_group(
         "training batches", "The dataset must be preprocessed; the flags are those of nnUNetv2_train."
     )

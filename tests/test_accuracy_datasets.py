@@ -1,4 +1,4 @@
-"""benchmark/accuracy/datasets.py: who is masked, who is held out, what weak labels become in a mask."""
+"""Datasets of benchmark accuracy: who is masked, who is held out, what weak labels become in a mask."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from nnunet_dsp.annotations import Annotations, Box, Point
 from nnunet_dsp.benchmark.accuracy import FIXED
+from nnunet_dsp.benchmark.accuracy.annotators import count, deal, order_of_masks, order_of_weak, rasterise
 from nnunet_dsp.benchmark.accuracy.arms import Data
-from nnunet_dsp.benchmark.accuracy.datasets import choose_cases, count, deal, order_of_masks, order_of_weak, rasterise
+from nnunet_dsp.benchmark.accuracy.source import choose_cases
 
 SHOWN = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=3), st.sets(st.sampled_from(["x", "y", "z"])), min_size=2, max_size=9

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from nnunet_dsp.dataset_conversion import raw_dataset
-from nnunet_dsp.dataset_conversion.parallel import default_num_processes, map_cases
+from nnunet_dsp.dataset_conversion.arguments import add_making_arguments
+from nnunet_dsp.dataset_conversion.parallel import map_cases
 from nnunet_dsp.dataset_conversion.raw_dataset import EVALUATION_FOLDER
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, split_by_group
 
@@ -52,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=4,
         help="the last N patients go to imagesTs and labelsTs (default: %(default)s)",
     )
-    parser.add_argument("--num-processes", metavar="N", type=int, default=default_num_processes())
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that nnunet_dsp made before")
+    add_making_arguments(parser)
 
 
 def find_cases(source: Path) -> dict[int, list[Path]]:

@@ -14,7 +14,8 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from nnunet_dsp.dataset_conversion import raw_dataset
-from nnunet_dsp.dataset_conversion.parallel import default_num_processes, map_cases
+from nnunet_dsp.dataset_conversion.arguments import add_making_arguments
+from nnunet_dsp.dataset_conversion.parallel import map_cases
 
 NAME = "synthetic"
 HELP = "made-up cells with organelles, four classes (2D PNG or 3D NIfTI)"
@@ -40,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="edge length; 3D volumes are half as high (default: 192 in 2D, 64 in 3D)",
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same dataset (default: %(default)s)")
-    parser.add_argument("--num-processes", metavar="N", type=int, default=default_num_processes())
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that nnunet_dsp made before")
+    add_making_arguments(parser)
 
 
 class _Scale(NamedTuple):

@@ -28,15 +28,9 @@ from nnunet_dsp.benchmark.accuracy.arms import (
     parse_setting,
 )
 from nnunet_dsp.benchmark.accuracy.cost import parse_prices
-from nnunet_dsp.benchmark.accuracy.datasets import (
-    FULL,
-    Datasets,
-    SourceFacts,
-    evaluation_files,
-    survey,
-    verify_source,
-)
+from nnunet_dsp.benchmark.accuracy.datasets import FULL, Datasets
 from nnunet_dsp.benchmark.accuracy.pretraining import PretrainingFacts, look_at_pretraining
+from nnunet_dsp.benchmark.accuracy.source import SourceFacts, evaluation_files, survey, verify_source
 from nnunet_dsp.benchmark.accuracy.training import Training, epochs_of, resolved_options
 from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, write_json
 from nnunet_dsp.dataset_conversion import raw_dataset

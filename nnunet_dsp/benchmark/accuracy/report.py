@@ -22,7 +22,7 @@ import numpy as np
 
 from nnunet_dsp.benchmark.accuracy.arms import PRETRAINED, SECOND, Data, Row
 from nnunet_dsp.benchmark.accuracy.cost import Counts, Price, minutes
-from nnunet_dsp.benchmark.accuracy.datasets import FULL, SourceFacts
+from nnunet_dsp.benchmark.accuracy.datasets import FULL
 from nnunet_dsp.benchmark.accuracy.measures import (
     METRICS,
     PairedTest,
@@ -34,6 +34,7 @@ from nnunet_dsp.benchmark.accuracy.measures import (
     paired_test,
     spread,
 )
+from nnunet_dsp.benchmark.accuracy.source import SourceFacts
 from nnunet_dsp.benchmark.accuracy.workplace import Workplace, write_text
 from nnunet_dsp.benchmark.tables import markdown_table, plain_table, write_csv
 from nnunet_dsp.dataset_conversion import raw_dataset
@@ -363,9 +364,7 @@ def _write_csvs(
         tests += [[*where, a, b, *test, p] for (a, b, test), p in zip(found, corrected, strict=True)]
     heading = [f"{metric}{what}" for metric in METRICS for what in ("", "_sd")]
     where_heading = ["setting", "masks", "weak"]
-    write_csv(
-        folder / "table.csv", [*where_heading, "arm", "runs", "wanted", *heading, "gap_closed", "minutes"], table
-    )
+    write_csv(folder / "table.csv", [*where_heading, "arm", "runs", "wanted", *heading, "gap_closed", "minutes"], table)
     write_csv(folder / "tests.csv", [*where_heading, "first", "second", "difference", "cases", "p", "p_holm"], tests)
     results, cases = [], []
     for row in rows:

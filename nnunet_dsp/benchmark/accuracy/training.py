@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_dsp.benchmark.accuracy.annotators import deal
 from nnunet_dsp.benchmark.accuracy.arms import DSP, Data, Run
 from nnunet_dsp.benchmark.accuracy.cost import Counts
-from nnunet_dsp.benchmark.accuracy.datasets import Datasets, deal
+from nnunet_dsp.benchmark.accuracy.datasets import Datasets
 from nnunet_dsp.benchmark.accuracy.measures import METRICS, SurfaceJob, class_means, mean, measure_case
 from nnunet_dsp.benchmark.accuracy.workplace import (
     FORMAT,
@@ -150,6 +151,23 @@ class Training:
                     files[f"predictions/{file.name}"] = checksum(file)
         means = {metric: class_means(per_case, metric) for metric in METRICS}
         facts = self.datasets.facts
+        own = {
+            "schedule": schedule(self.fixed, run.seed, epochs_of(self.fixed, run)),
+            "needs": run.needs,
+            "pretrained": run.pretrained,
+            "cases": deal(run.data, {case: set(facts.objects[case]) for case in facts.training}),
+            "configuration": dict(self.fixed),
+            "counts": asdict(self.datasets.counts(run.data) or Counts()),
+            "means": {metric: {**values, "mean": mean(list(values.values()))} for metric, values in means.items()},
+            "per_case": per_case,
+            "checksums": files,
+        }
+        return self._write_record(run, dataset, plans, trained, {"seconds": seconds, **own})
+
+    def _write_record(
+        self, run: Run, dataset: str, plans: str, trained: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write the run's record, from which its report is made: what every benchmark notes, and its `own` facts."""
         record = {
             "format": FORMAT,
             "run": run.id,
@@ -159,23 +177,14 @@ class Training:
             "trainer_class": trained["trainer_class"],
             "plans": plans,
             "options": resolved_options(run),
-            "schedule": schedule(self.fixed, run.seed, epochs_of(self.fixed, run)),
             "seed": run.seed,
-            "needs": run.needs,
-            "pretrained": run.pretrained,
-            "cases": deal(run.data, {case: set(facts.objects[case]) for case in facts.training}),
-            "configuration": dict(self.fixed),
-            "counts": asdict(self.datasets.counts(run.data) or Counts()),
             "finished": now(),
-            "seconds": seconds,
             "interruptions": trained["interruptions"],
             "versions": versions(),
             "code": trained["code"],
             "code_before_interruption": trained.get("code_before_interruption", []),
             "machine": machine(self.place.device),
-            "means": {metric: {**values, "mean": mean(list(values.values()))} for metric, values in means.items()},
-            "per_case": per_case,
-            "checksums": files,
+            **own,
         }
         write_json(self.place.record_file(run.id), record)
         return record

@@ -21,8 +21,9 @@ from nnunet_dsp.benchmark.accuracy.benchmark import (
     same_dataset,
     shown_value,
 )
-from nnunet_dsp.benchmark.accuracy.datasets import FULL, SourceFacts, evaluation_files, verify_source
+from nnunet_dsp.benchmark.accuracy.datasets import FULL
 from nnunet_dsp.benchmark.accuracy.estimate import estimate
+from nnunet_dsp.benchmark.accuracy.source import SourceFacts, evaluation_files, verify_source
 from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, write_json
 from nnunet_dsp.benchmark.instances import EVALUATION, FIXED, HOW, SELECTION
 from nnunet_dsp.benchmark.instances.report import write_report

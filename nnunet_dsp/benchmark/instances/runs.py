@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,18 +14,10 @@ import numpy as np
 from nnunet_dsp.benchmark.accuracy import FIXED as ACCURACY_DEFAULTS
 from nnunet_dsp.benchmark.accuracy.arms import Arm, Data, Grid, Run, parse_custom_arm
 from nnunet_dsp.benchmark.accuracy.cost import Counts
-from nnunet_dsp.benchmark.accuracy.datasets import Datasets, SourceFacts, choose_cases, evaluation_files
+from nnunet_dsp.benchmark.accuracy.datasets import Datasets
+from nnunet_dsp.benchmark.accuracy.source import SourceFacts, choose_cases, evaluation_files
 from nnunet_dsp.benchmark.accuracy.training import Progress, Training, resolved_options, schedule
-from nnunet_dsp.benchmark.accuracy.workplace import (
-    FORMAT,
-    Workplace,
-    checksum,
-    code_state,
-    machine,
-    now,
-    versions,
-    write_json,
-)
+from nnunet_dsp.benchmark.accuracy.workplace import Workplace, checksum, code_state, write_json
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.instance_labels import check_instances, write_sparse_labels
 from nnunet_dsp.dataset_conversion.parallel import map_cases
@@ -42,7 +34,7 @@ ARMS: dict[str, Arm] = {
     "unfiltered": Arm("unfiltered", "weak", f"{CRAC}_unfiltered"),
     "crac": Arm("crac", "weak", CRAC),
     "error-predictor": Arm("error-predictor", "weak", f"{CRAC}_errorPredictor"),
-    "hard": Arm("hard", "weak", f"{CRAC}_hardPseudoLabels"),
+    "soft": Arm("soft", "weak", f"{CRAC}_softPseudoLabels"),
     "released": Arm("released", "weak", f"{CRAC}_released"),
 }
 
@@ -232,34 +224,17 @@ class InstanceTraining(Training):
         jobs = [(case, full / "labelsTs" / file.name, file, facts.ignore) for case, file in files.items()]
         per_case = dict(map(measure_files, jobs))
         seconds["evaluate"] = time.monotonic() - started
-        record = {
-            "format": FORMAT,
-            "run": run.id,
-            "data": asdict(run.data),
-            "dataset": dataset,
-            "trainer": run.trainer,
-            "trainer_class": trained["trainer_class"],
-            "plans": plans,
-            "options": resolved_options(run),
+        own = {
             "schedule": schedule(self.fixed, run.seed),
-            "seed": run.seed,
             "labelled": self.datasets.labelled(run.data),
             "configuration": dict(self.configuration),
             "evaluation": dict(self.evaluation),
-            "finished": now(),
-            "seconds": seconds,
-            "interruptions": trained["interruptions"],
-            "versions": versions(),
-            "code": trained["code"],
-            "code_before_interruption": trained.get("code_before_interruption", []),
             "evaluated_by": code_state(),
-            "machine": machine(self.place.device),
             "means": average(list(per_case.values())),
             "per_case": per_case,
             "checksums": {f"predictions/{file.name}": checksum(file) for file in files.values()},
         }
-        write_json(self.place.record_file(run.id), record)
-        return record
+        return self._write_record(run, dataset, plans, trained, {"seconds": seconds, **own})
 
     def predict_command(self, dataset: str, trainer: str, plans: str, images: Path, output: Path) -> list[object]:
         """`nnunet_dsp instances predict` with a trained model; `trainer` is the class with the schedule."""
@@ -268,7 +243,9 @@ class InstanceTraining(Training):
         words: list[object] = ["nnunet_dsp", "instances", "predict", "-i", images, "-o", output, "-m", model]
         words += ["-f", "all", "-device", self.place.device, "-step_size", how["step_size"], "--overwrite"]
         words += ["--decoder", how["decoder"], "--affinities", how["affinities"]]
-        words += ["--threshold", how["threshold"], "--min-size", how["min_size"]]
+        words += ["--threshold", how["threshold"]]
+        if how["min_size"] is not None:
+            words += ["--min-size", how["min_size"]]
         return words if how["foreground"] else [*words, "--no-foreground"]
 
 
