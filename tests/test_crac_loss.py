@@ -30,7 +30,7 @@ def make(seed=0, requires_grad=False):
     return CRACOutput(*tensors), target.to(torch.int16)
 
 
-def oracle(output, target, short_weight, consistency):
+def oracle(output, target, short_weight, consistency, pseudo_labels="hard"):
     """The four affinity terms by loops: (implicit, explicit, implicit consistency, explicit consistency)."""
     known, candidates = [], []
     for item, channel, y, x in itertools.product(range(2), range(len(OFFSETS)), range(SHAPE[0]), range(SHAPE[1])):
@@ -60,18 +60,20 @@ def oracle(output, target, short_weight, consistency):
         sums[1][where[1]].append(weight * (h - same) ** 2)
     for where in candidates if consistency else []:
         s, h = float(output.implicit[where]), sigmoid(float(output.explicit_logits[where]))
-        sums[2][where[1]].append((s - h) ** 2)
-        sums[3][where[1]].append((h - max(0.0, s)) ** 2)
+        said = (float(h > 0.5), float(s > 0.5)) if pseudo_labels == "hard" else (h, max(0.0, s))
+        sums[2][where[1]].append((s - said[0]) ** 2)
+        sums[3][where[1]].append((h - said[1]) ** 2)
     return [mean_of_channels(part) if any(part.values()) else 0.0 for part in sums]
 
 
+@pytest.mark.parametrize("pseudo_labels", ["hard", "soft"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_terms_are_those_of_a_loop_over_every_edge(seed):
+def test_the_terms_are_those_of_a_loop_over_every_edge(seed, pseudo_labels):
     output, target = make(seed)
-    loss = CRACLoss(OFFSETS, CRACSettings(short_weight=7.0, **UNFILTERED), IGNORE)
+    loss = CRACLoss(OFFSETS, CRACSettings(short_weight=7.0, pseudo_labels=pseudo_labels, **UNFILTERED), IGNORE)
     loss(output, target)
     terms = dict(zip(TERMS, loss.terms.tolist(), strict=True))
-    expected = oracle(output, target, 7.0, True)
+    expected = oracle(output, target, 7.0, True, pseudo_labels)
     names = ("implicit", "explicit", "implicit_consistency", "explicit_consistency")
     for name, value in zip(names, expected, strict=True):
         assert terms[name] == pytest.approx(value, rel=1e-5), name
@@ -108,7 +110,7 @@ def test_the_sum_is_weighted_as_the_settings_say():
 def test_pseudo_labels_are_detached_so_each_consistency_term_moves_one_network_only():
     for released, moved in ((False, False), (True, True)):
         output, target = make(2, requires_grad=True)
-        settings = CRACSettings(released=released, **UNFILTERED)
+        settings = CRACSettings(released=released, pseudo_labels="soft", **UNFILTERED)
         loss = CRACLoss(OFFSETS, settings, IGNORE)
         edges_only = CRACOutput(output.implicit, output.explicit_logits.detach().requires_grad_(), *output[2:])
         loss(edges_only, target)
@@ -142,7 +144,7 @@ def test_unlabelled_voxels_and_edges_beyond_the_border_give_no_supervised_gradie
     assert torch.equal(output.foreground_logits.grad[:, 0] != 0, labelled)
 
 
-@pytest.mark.parametrize("settings", [{}, {"error_filter": True}, {"released": True}, {"pseudo_labels": "hard"}])
+@pytest.mark.parametrize("settings", [{}, {"error_filter": True}, {"released": True}, {"pseudo_labels": "soft"}])
 @pytest.mark.parametrize("value", [0, 1, IGNORE])
 def test_extreme_outputs_and_labels_of_one_kind_give_finite_losses_and_gradients(settings, value):
     size = (1, len(OFFSETS), *SHAPE)

@@ -8,8 +8,8 @@ from nnunet_dsp.trainers.nnUNetTrainerCRAC_50epochs import nnUNetTrainerCRAC_50e
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_100epochs import nnUNetTrainerCRAC_100epochs
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_250epochs import nnUNetTrainerCRAC_250epochs
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_errorPredictor import nnUNetTrainerCRAC_errorPredictor
-from nnunet_dsp.trainers.nnUNetTrainerCRAC_hardPseudoLabels import nnUNetTrainerCRAC_hardPseudoLabels
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_released import nnUNetTrainerCRAC_released
+from nnunet_dsp.trainers.nnUNetTrainerCRAC_softPseudoLabels import nnUNetTrainerCRAC_softPseudoLabels
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_supervisedOnly import nnUNetTrainerCRAC_supervisedOnly
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_unfiltered import nnUNetTrainerCRAC_unfiltered
 from nnunet_dsp.trainers.nnUNetTrainerDSP import nnUNetTrainerDSP
@@ -44,8 +44,8 @@ __all__ = [
     "nnUNetTrainerCRAC_250epochs",
     "nnUNetTrainerCRAC_50epochs",
     "nnUNetTrainerCRAC_errorPredictor",
-    "nnUNetTrainerCRAC_hardPseudoLabels",
     "nnUNetTrainerCRAC_released",
+    "nnUNetTrainerCRAC_softPseudoLabels",
     "nnUNetTrainerCRAC_supervisedOnly",
     "nnUNetTrainerCRAC_unfiltered",
     "nnUNetTrainerDSP",

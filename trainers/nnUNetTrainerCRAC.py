@@ -23,11 +23,11 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_dsp.affinities import Offsets, check_offsets, default_offsets, edge_targets
 from nnunet_dsp.crac_loss import TERMS, CRACLoss
-from nnunet_dsp.dataset_conversion.instance_labels import LEAST_BACKGROUND
 from nnunet_dsp.dataset_conversion.raw_dataset import write_json
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, read_splits
 from nnunet_dsp.instances.decoders import available
 from nnunet_dsp.instances.evaluate_command import measure_files, table
+from nnunet_dsp.instances.label_facts import LabelFacts, label_facts
 from nnunet_dsp.instances.label_files import write_instances
 from nnunet_dsp.instances.measures import average
 from nnunet_dsp.instances.network import CRACNetwork
@@ -82,6 +82,7 @@ class nnUNetTrainerCRAC(LossTerms, nnUNetTrainer):
         plans[PLANS_KEY] = settings.to_plans()
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = settings
+        self._label_facts: LabelFacts | None = None
         labels = self.label_manager
         if not labels.has_regions or len(labels.foreground_regions) != 1:
             raise NotImplementedError(
@@ -235,7 +236,8 @@ class nnUNetTrainerCRAC(LossTerms, nnUNetTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        learnt = self._background_is_labelled()
+        facts = self._look_at_labels()
+        learnt = facts.background_labelled
         self._module.foreground_learnt.fill_(learnt)
         self.loss.foreground_learnt = learnt
         if not learnt:
@@ -243,17 +245,28 @@ class nnUNetTrainerCRAC(LossTerms, nnUNetTrainer):
                 "The training cases label no background, or next to none. The foreground cannot be learnt from them: "
                 "nnUNetv2_predict will show the voxels that belong to one of their neighbours."
             )
+        self.print_to_log_file(f"Instances of less than {self._min_size()} voxels will be left out of predictions.")
+        # in the plans that are saved with the model, where prediction finds it
+        self.plans_manager.plans[PLANS_KEY]["min_size"] = self._min_size()
+        if self.local_rank == 0:
+            write_json(Path(self.output_folder_base) / "plans.json", self.plans_manager.plans)
 
-    def _background_is_labelled(self) -> bool:
-        """Whether the training cases label enough background to learn from."""
-        cases, _ = self.do_split()
-        dataset = self.dataset_class(self.preprocessed_dataset_folder, cases)
-        background = labelled = 0
-        for case in dataset.identifiers:
-            segmentation = np.asarray(dataset.load_case(case)[1][:])
-            background += int((segmentation == 0).sum())
-            labelled += int(((segmentation >= 0) & (segmentation != self.label_manager.ignore_label)).sum())
-        return background > LEAST_BACKGROUND * labelled
+    def _look_at_labels(self) -> LabelFacts:
+        """What the training cases' labels tell; they are read once."""
+        if self._label_facts is None:
+            cases, _ = self.do_split()
+            dataset = self.dataset_class(self.preprocessed_dataset_folder, cases)
+            self._label_facts = label_facts(
+                (np.asarray(dataset.load_case(case)[1][:]) for case in dataset.identifiers),
+                self.label_manager.ignore_label,
+                slicewise=len(self.configuration_manager.patch_size) == 2,
+                complete_instances=self.settings.complete_instances,
+            )
+        return self._label_facts
+
+    def _min_size(self) -> int:
+        said = self.settings.min_size
+        return self._look_at_labels().min_size if said is None else said
 
     # --- steps
 
@@ -315,6 +328,7 @@ class nnUNetTrainerCRAC(LossTerms, nnUNetTrainer):
                 "components, which a single leak joins."
             )
         network = self._module.eval()
+        options = DecoderOptions(decoder, min_size=self._min_size())
         predictor = AffinityPredictor(network, self.configuration_manager.patch_size, self.device, show_progress=False)
         _, cases = self.do_split()
         mine = cases[self.local_rank :: dist.get_world_size()] if self.is_ddp else cases
@@ -322,7 +336,7 @@ class nnUNetTrainerCRAC(LossTerms, nnUNetTrainer):
         ending = self.dataset_json["file_ending"]
         for case in dataset.identifiers:
             image, _, _, properties = dataset.load_case(case)
-            labels = segment(predictor, torch.from_numpy(np.array(image[:])), DecoderOptions(decoder))
+            labels = segment(predictor, torch.from_numpy(np.array(image[:])), options)
             labels = to_image_geometry(labels, properties, self.plans_manager.transpose_backward)
             writer = self.plans_manager.image_reader_writer_class
             write_instances(writer, labels, folder / f"{case}{ending}", properties)

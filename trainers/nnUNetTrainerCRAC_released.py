@@ -9,7 +9,9 @@ class nnUNetTrainerCRAC_released(nnUNetTrainerCRAC):
     cheap to have.
     """
 
-    default_settings = CRACSettings(released=True, optimizer="released", entropy_share=0.005, warmup=0.0)
+    default_settings = CRACSettings(
+        released=True, pseudo_labels="soft", optimizer="released", entropy_share=0.005, warmup=0.0
+    )
 
 
 __all__ = ["nnUNetTrainerCRAC_released"]

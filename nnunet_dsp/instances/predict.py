@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from nnunet_dsp.affinities import Offsets, edge_slices
 from nnunet_dsp.instances.decoders import Labels, decode, relabel
+from nnunet_dsp.instances.label_facts import DEFAULT_MIN_SIZE
 from nnunet_dsp.instances.network import CRACNetwork
 
 Slices = tuple[slice, ...]
@@ -39,7 +40,7 @@ class DecoderOptions:
 
     decoder: str = "mutex"
     threshold: float = 0.5
-    min_size: int = 10
+    min_size: int = DEFAULT_MIN_SIZE
     use_foreground: bool = True
     block_voxels: int = DEFAULT_BLOCK_VOXELS
 

@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-size",
         metavar="VOXELS",
         type=int,
-        default=10,
-        help="leave out smaller instances, in voxels of the network's grid (default: %(default)s)",
+        help="leave out smaller instances, in voxels of the network's grid (default: the size that all but 5 %% of the "
+        "labelled training instances reach)",
     )
     how.add_argument(
         "--no-foreground", action="store_true", help="decode everywhere, also where the network sees background"
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if not 0 < args.threshold < 1:
         raise ValueError(f"--threshold: expected a number between 0 and 1, but got {args.threshold}.")
-    if args.min_size < 0 or args.block_voxels < 1:
+    if (args.min_size is not None and args.min_size < 0) or args.block_voxels < 1:
         raise ValueError("--min-size and --block-voxels: expected whole numbers of at least 0 and 1.")
     model = _model_folder(args)
     folds = _folds(args, model)
@@ -163,9 +163,11 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from nnunet_dsp.dataset_conversion.raw_dataset import write_json
+    from nnunet_dsp.instances.label_facts import DEFAULT_MIN_SIZE
     from nnunet_dsp.instances.label_files import write_instances
     from nnunet_dsp.instances.network import CRACNetwork
     from nnunet_dsp.instances.predict import AffinityPredictor, DecoderOptions, segment, to_image_geometry
+    from nnunet_dsp.instances.settings import CRACSettings
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("-device cuda: PyTorch sees no CUDA device. Use -device cpu.")
@@ -201,8 +203,12 @@ def run(args: argparse.Namespace) -> int:
         source=args.affinities,
         step_size=args.step_size,
     )
+    min_size = args.min_size
+    if min_size is None:
+        learnt = CRACSettings.from_plans(plans.plans, strict=False).min_size
+        min_size = DEFAULT_MIN_SIZE if learnt is None else learnt
     options = DecoderOptions(
-        args.decoder, args.threshold, args.min_size, not args.no_foreground, args.block_voxels
+        args.decoder, args.threshold, min_size, not args.no_foreground, args.block_voxels
     )
     reader_writer = plans.image_reader_writer_class
     counts: dict[str, int] = {}
@@ -226,11 +232,11 @@ def run(args: argparse.Namespace) -> int:
         deepest = max(deepest, int(properties["shape_before_cropping"][0]))
     said = {
         "model": model.name, "folds": list(folds), "checkpoint": args.checkpoint, "affinities": args.affinities,
-        "decoder": args.decoder, "threshold": args.threshold, "min_size": args.min_size,
+        "decoder": args.decoder, "threshold": args.threshold, "min_size": min_size,
         "foreground": not args.no_foreground, "instances": counts,
     }  # fmt: skip
     write_json(args.output / RECORD, said)
-    print(f"{sum(counts.values())} instances in {len(counts)} images: {args.output}")
+    print(f"{sum(counts.values())} instances of {min_size} voxels or more in {len(counts)} images: {args.output}")
     if predictor.dim == 2 and deepest > 1:
         print("The configuration is 2D: each slice was decoded by itself, and no id continues in the next slice.")
     if not bool(network.foreground_learnt) and not args.no_foreground:

@@ -22,8 +22,10 @@ class CRACSettings:
         short_weight: weight of the offsets of one voxel against the longer ones.
         foreground_weight: weight of the foreground's cross entropy, where background is labelled somewhere.
         consistency_weight: weight of the two losses against the other network's pseudo-labels; 0 switches them off.
+            Every loss is a mean over the edges that count in it. The authors' are means over all voxels, so that the
+            fewer edges are labelled, the less these weigh: their 1 to 10 amounts to 9 to 10 with a tenth labelled.
         warmup: share of the training, in [0, 1], before pseudo-labels are used.
-        pseudo_labels: "soft" (the other network's affinity) or "hard" (0 or 1, whichever is nearer).
+        pseudo_labels: "hard" (0 or 1, whichever the other network's affinity is nearer to) or "soft" (that affinity).
         entropy_filter: drop the most uncertain pseudo-labels of a batch.
         entropy_share: how many of them at first, in [0, 1]; decays to 0 with the power `entropy_power`.
         error_filter: train a third, small network to predict errors, and drop the pseudo-labels it takes for wrong.
@@ -32,6 +34,8 @@ class CRACSettings:
         background_known: edges between two background voxels are supervised, with target 0.
         released: the authors' code in two of its oddities: pseudo-labels carry gradients, and the short offsets' weight
             counts twice in the implicit affinities' consistency.
+        min_size: voxels of the network's grid below which prediction leaves an instance out; None takes the size that
+            all but 5 % of the labelled training instances reach.
         optimizer: "adam" (rate 1e-3, decaying), "released" (Adam as the authors have it: 1e-4 throughout, eps 0.01,
             amsgrad) or "sgd" (nnU-Net's own).
         epochs, iterations_per_epoch: length of the training; 0 keeps nnU-Net's.
@@ -43,9 +47,9 @@ class CRACSettings:
     supervised_weight: float = 10.0
     short_weight: float = 10.0
     foreground_weight: float = 1.0
-    consistency_weight: float = 1.0
+    consistency_weight: float = 10.0
     warmup: float = 0.1
-    pseudo_labels: str = "soft"
+    pseudo_labels: str = "hard"
     entropy_filter: bool = True
     entropy_share: float = 0.2
     entropy_power: float = 1.5
@@ -54,6 +58,7 @@ class CRACSettings:
     complete_instances: bool = True
     background_known: bool = False
     released: bool = False
+    min_size: int | None = None
     optimizer: str = "adam"
     epochs: int = 0
     iterations_per_epoch: int = 0
@@ -72,6 +77,8 @@ class CRACSettings:
                 raise ValueError(f"Expected setting `{name}` to be a finite number of at least 0, but got {value}.")
         for name, least in (("embedding_channels", 2), ("epochs", 0), ("iterations_per_epoch", 0)):
             whole_number(name, getattr(self, name), least)
+        if self.min_size is not None:
+            whole_number("min_size", self.min_size, 0)
 
     @classmethod
     def from_plans(

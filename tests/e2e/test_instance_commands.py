@@ -67,10 +67,14 @@ def test_instances_are_predicted_and_evaluated(workspace, trained, tmp_path):
     model = ("-m", workspace.model(NUMBER, TRAINER), "-f", 0, "--decoder", "components", "--min-size", 3)
     command = ("nnunet_dsp", "instances", "predict", "-i", raw / "imagesTs", "-o", tmp_path / "out", *model, *CPU)
     said = workspace(*command)
-    assert "instances in 2 images" in said
+    assert "instances of 3 voxels or more in 2 images" in said
     for file in (raw / "labelsTs").iterdir():
         assert imread(tmp_path / "out" / file.name).shape == imread(file).shape
     assert "--overwrite" in workspace(*command, code=1), "results are not replaced silently"
+    learnt = json.loads((workspace.model(NUMBER, TRAINER) / "plans.json").read_text())["nnunet_dsp_crac"]["min_size"]
+    said = workspace(*command[: command.index("--min-size")], *CPU, "--overwrite")
+    assert f"Instances of less than {learnt} voxels" in trained
+    assert f"instances of {learnt} voxels or more in 2 images" in said
     table = workspace("nnunet_dsp", "instances", "evaluate", raw / "labelsTs", tmp_path / "out")
     ignore = json.loads((raw / "dataset.json").read_text())["labels"]["ignore"]
     assert "arand" in table and "mean" in table and f"label {ignore}" in table

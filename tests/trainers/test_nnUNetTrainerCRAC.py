@@ -153,6 +153,22 @@ def test_the_targets_of_a_step_are_those_of_the_batch_and_supervision_is_sparse(
     assert result["implicit"] > 0 and result["explicit"] > 0
 
 
+@pytest.mark.parametrize("said", [None, 7])
+def test_the_model_says_how_small_an_instance_may_be(instances, said):
+    trainer = instances.trainer(min_size=said)
+    trainer.on_train_start()
+    dataset = trainer.dataset_class(str(instances.tiny.folder), trainer.do_split()[0])
+    labels = [np.asarray(dataset.load_case(case)[1][:]) for case in dataset.identifiers]
+    sizes = [size for part in labels for size in np.unique(part[(part > 0) & (part != IGNORE)], return_counts=True)[1]]
+    expected = int(np.percentile(sizes, 5)) if said is None else said
+    saved = json.loads((model_folder(instances) / "plans.json").read_text())
+    assert CRACSettings.from_plans(saved).min_size == expected > 1
+    trainer.save_checkpoint(str(model_folder(instances) / "checkpoint.pth"))
+    inside = torch.load(model_folder(instances) / "checkpoint.pth", weights_only=False)["init_args"]["plans"]
+    assert CRACSettings.from_plans(inside).min_size == expected
+    assert f"less than {expected} voxels" in log_of(instances)
+
+
 @pytest.mark.parametrize("sparse", [True, False])
 def test_the_foreground_is_learnt_only_where_background_is_labelled(tiny, sparse):
     dataset = Instances(tiny)
@@ -271,7 +287,7 @@ def test_the_options_survive_the_plans_and_every_variant_overrides_one_thing():
         "supervisedOnly": {"consistency_weight": 0.0},
         "unfiltered": {"entropy_filter": False},
         "errorPredictor": {"error_filter": True},
-        "hardPseudoLabels": {"pseudo_labels": "hard"},
+        "softPseudoLabels": {"pseudo_labels": "soft"},
     }
     everything = [m.name for m in pkgutil.iter_modules(nnunet_dsp.trainers.__path__)]
     names = [name for name in everything if name.startswith("nnUNetTrainerCRAC_")]

@@ -46,7 +46,7 @@ EVALUATION: dict[str, Any] = {
     "decoder": "mutex",
     "affinities": "average",
     "threshold": 0.5,
-    "min_size": 10,
+    "min_size": None,
     "step_size": 0.5,
     "foreground": True,
 }
@@ -99,7 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     predict.add_argument("--decoder", choices=("mutex", "multicut", "waterz", "components"), help="(default: mutex)")
     predict.add_argument("--affinities", choices=("implicit", "explicit", "average"), help="(default: average)")
     predict.add_argument("--threshold", metavar="P", type=float, help="of the affinities (default: 0.5)")
-    predict.add_argument("--min-size", metavar="VOXELS", type=int, help="smaller ones are left out (default: 10)")
+    predict.add_argument(
+        "--min-size",
+        metavar="VOXELS",
+        type=int,
+        help="smaller ones are left out (default: as `nnunet_dsp instances predict`, by each arm's own labels)",
+    )
     predict.add_argument("--step-size", metavar="P", type=float, help="of the tiles, up to 0.5 (default: 0.5)")
     predict.add_argument(
         "--foreground",

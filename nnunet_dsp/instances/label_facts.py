@@ -1,0 +1,62 @@
+"""What the training cases of an instance dataset tell: whether background is labelled, how small objects are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunet_dsp.dataset_conversion.instance_labels import LEAST_BACKGROUND
+
+DEFAULT_MIN_SIZE = 10  # where no instance is labelled, or none completely
+SMALLEST_SHARE = 0.05  # of the labelled instances that may be smaller than what prediction keeps
+
+
+class LabelFacts(NamedTuple):
+    """
+    Attributes:
+        background_labelled: enough background is labelled to learn from.
+        min_size: voxels; the size that all but 5 % of the labelled instances reach.
+    """
+
+    background_labelled: bool
+    min_size: int
+
+
+def label_facts(
+    segmentations: Iterable[npt.NDArray[np.integer[Any]]],
+    ignore_label: int | None,
+    *,
+    slicewise: bool = False,
+    complete_instances: bool = True,
+) -> LabelFacts:
+    """Look at every label image once.
+
+    Args:
+        segmentations: (1, z, y, x) ids, 0 background, negative outside the image.
+        ignore_label: value of what nobody labelled, or None.
+        slicewise: instances are those of a slice, as a 2D network sees them.
+        complete_instances: labelled instances are labelled completely; if not, their sizes say nothing.
+    """
+    background = labelled = 0
+    sizes: list[npt.NDArray[np.int64]] = []
+    for segmentation in segmentations:
+        known = segmentation >= 0
+        if ignore_label is not None:
+            known &= segmentation != ignore_label
+        background += int((known & (segmentation == 0)).sum())
+        labelled += int(known.sum())
+        ids = np.where(known, segmentation, 0)[0]
+        for part in ids if slicewise else [ids]:
+            of_part = np.bincount(part.ravel())[1:]
+            sizes.append(of_part[of_part > 0])
+    found = np.concatenate(sizes) if sizes else np.empty(0)
+    min_size = DEFAULT_MIN_SIZE
+    if complete_instances and len(found):
+        min_size = max(1, int(np.percentile(found, 100 * SMALLEST_SHARE)))
+    return LabelFacts(background > LEAST_BACKGROUND * labelled, min_size)
+
+
+__all__ = ["DEFAULT_MIN_SIZE", "LabelFacts", "label_facts"]

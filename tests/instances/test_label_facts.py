@@ -1,0 +1,46 @@
+"""instances/label_facts.py: what the labels of the training cases tell."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nnunet_dsp.instances.label_facts import DEFAULT_MIN_SIZE, label_facts
+
+IGNORE = 99
+
+
+def image(sizes, depth=1):
+    """(1, depth, 1, n): one instance of each size in every slice, ids 1, 2, ..., between voxels nobody labelled."""
+    row = [np.full(size, number) for number, size in enumerate(sizes, 1)]
+    return np.broadcast_to(np.concatenate([*row, [IGNORE] * 5]), (1, depth, 1, sum(sizes) + 5)).astype(np.int16)
+
+
+def test_all_but_five_percent_of_the_labelled_instances_reach_the_size_that_is_kept():
+    sizes = list(range(100, 0, -1))
+    assert sum(size < label_facts([image(sizes)], IGNORE).min_size for size in sizes) == 5
+    assert label_facts([image(sizes[:50]), image(sizes[50:])], IGNORE).min_size == 5, "of all cases together"
+
+
+@pytest.mark.parametrize(("slicewise", "expected"), [(True, 20), (False, 60)])
+def test_instances_of_a_volume_are_those_of_the_slices_for_a_2d_network(slicewise, expected):
+    assert label_facts([image([20, 20], depth=3)], IGNORE, slicewise=slicewise).min_size == expected
+
+
+@pytest.mark.parametrize("value", [IGNORE, 0, -1])
+def test_without_an_instance_there_is_a_default(value):
+    assert label_facts([np.full((1, 1, 4, 4), value)], IGNORE).min_size == DEFAULT_MIN_SIZE
+    assert label_facts([], IGNORE) == (False, DEFAULT_MIN_SIZE)
+
+
+def test_strokes_say_nothing_about_sizes():
+    assert label_facts([image([3, 3])], IGNORE, complete_instances=False).min_size == DEFAULT_MIN_SIZE
+
+
+@pytest.mark.parametrize(("background", "expected"), [(0, False), (1, False), (30, True)])
+def test_background_counts_when_there_is_more_than_a_few_voxels_of_it(background, expected):
+    labels = image([1000])
+    labels[..., :background] = 0
+    assert label_facts([labels], IGNORE).background_labelled is expected
+    outside = np.where(labels == 0, -1, labels)
+    assert not label_facts([outside], IGNORE).background_labelled, "what lies outside the image is no background"
