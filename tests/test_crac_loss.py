@@ -15,7 +15,7 @@ from nnunet_dsp.instances.settings import CRACSettings
 IGNORE = 5
 OFFSETS = ((-1, 0), (0, -1), (0, -3))
 SHAPE = (6, 7)
-UNFILTERED = {"warmup": 0.0, "entropy_filter": False}
+AT_ONCE = {"warmup": 0.0}
 
 
 def make(seed=0, requires_grad=False):
@@ -70,7 +70,7 @@ def oracle(output, target, short_weight, consistency, pseudo_labels="hard"):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_terms_are_those_of_a_loop_over_every_edge(seed, pseudo_labels):
     output, target = make(seed)
-    loss = CRACLoss(OFFSETS, CRACSettings(short_weight=7.0, pseudo_labels=pseudo_labels, **UNFILTERED), IGNORE)
+    loss = CRACLoss(OFFSETS, CRACSettings(short_weight=7.0, pseudo_labels=pseudo_labels, **AT_ONCE), IGNORE)
     loss(output, target)
     terms = dict(zip(TERMS, loss.terms.tolist(), strict=True))
     expected = oracle(output, target, 7.0, True, pseudo_labels)
@@ -99,7 +99,7 @@ def test_the_foregrounds_term_is_the_balanced_cross_entropy_of_labelled_voxels()
 
 def test_the_sum_is_weighted_as_the_settings_say():
     output, target = make(1)
-    settings = CRACSettings(supervised_weight=3.0, foreground_weight=5.0, consistency_weight=7.0, **UNFILTERED)
+    settings = CRACSettings(supervised_weight=3.0, foreground_weight=5.0, consistency_weight=7.0, **AT_ONCE)
     loss = CRACLoss(OFFSETS, settings, IGNORE)
     total = float(loss(output, target))
     implicit, explicit, foreground, one, other, error, _ = loss.terms.tolist()
@@ -110,7 +110,7 @@ def test_the_sum_is_weighted_as_the_settings_say():
 def test_pseudo_labels_are_detached_so_each_consistency_term_moves_one_network_only():
     for released, moved in ((False, False), (True, True)):
         output, target = make(2, requires_grad=True)
-        settings = CRACSettings(released=released, pseudo_labels="soft", **UNFILTERED)
+        settings = CRACSettings(released=released, pseudo_labels="soft", **AT_ONCE)
         loss = CRACLoss(OFFSETS, settings, IGNORE)
         edges_only = CRACOutput(output.implicit, output.explicit_logits.detach().requires_grad_(), *output[2:])
         loss(edges_only, target)
@@ -144,7 +144,10 @@ def test_unlabelled_voxels_and_edges_beyond_the_border_give_no_supervised_gradie
     assert torch.equal(output.foreground_logits.grad[:, 0] != 0, labelled)
 
 
-@pytest.mark.parametrize("settings", [{}, {"error_filter": True}, {"released": True}, {"pseudo_labels": "soft"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"entropy_filter": True, "error_filter": True}, {"released": True}, {"pseudo_labels": "soft"}],
+)
 @pytest.mark.parametrize("value", [0, 1, IGNORE])
 def test_extreme_outputs_and_labels_of_one_kind_give_finite_losses_and_gradients(settings, value):
     size = (1, len(OFFSETS), *SHAPE)
@@ -163,7 +166,7 @@ def test_extreme_outputs_and_labels_of_one_kind_give_finite_losses_and_gradients
 
 def test_pseudo_labels_wait_for_the_warm_up_and_uncertain_ones_are_dropped():
     output, target = make(5)
-    loss = CRACLoss(OFFSETS, CRACSettings(warmup=0.3, entropy_share=0.5), IGNORE)
+    loss = CRACLoss(OFFSETS, CRACSettings(warmup=0.3, entropy_filter=True, entropy_share=0.5), IGNORE)
     kept = []
     for progress in (0.0, 0.29, 0.3, 0.99):
         loss.progress = progress
@@ -182,7 +185,8 @@ def test_each_network_learns_where_the_other_one_is_sure():
     left[..., :3] = True
     unsure = torch.where(left, 0.55, 0.95).requires_grad_()  # the implicit one on the left
     logits = torch.where(left, 4.0, 0.1).requires_grad_()  # the explicit one on the right
-    loss = CRACLoss(OFFSETS, CRACSettings(warmup=0.0, entropy_share=0.72), IGNORE)  # 27 of 95 edges are on the left
+    settings = CRACSettings(warmup=0.0, entropy_filter=True, entropy_share=0.72)  # 27 of 95 edges are on the left
+    loss = CRACLoss(OFFSETS, settings, IGNORE)
     loss(CRACOutput(unsure, logits, torch.zeros(1, 1, *SHAPE)), target).backward()
     moved = unsure.grad != 0
     assert moved.any() and not (moved & ~left).any(), "the implicit one where the explicit one is sure"

@@ -7,11 +7,11 @@ from nnunet_dsp.trainers.nnUNetTrainerCRAC_20epochs import nnUNetTrainerCRAC_20e
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_50epochs import nnUNetTrainerCRAC_50epochs
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_100epochs import nnUNetTrainerCRAC_100epochs
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_250epochs import nnUNetTrainerCRAC_250epochs
+from nnunet_dsp.trainers.nnUNetTrainerCRAC_entropyFilter import nnUNetTrainerCRAC_entropyFilter
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_errorPredictor import nnUNetTrainerCRAC_errorPredictor
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_released import nnUNetTrainerCRAC_released
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_softPseudoLabels import nnUNetTrainerCRAC_softPseudoLabels
 from nnunet_dsp.trainers.nnUNetTrainerCRAC_supervisedOnly import nnUNetTrainerCRAC_supervisedOnly
-from nnunet_dsp.trainers.nnUNetTrainerCRAC_unfiltered import nnUNetTrainerCRAC_unfiltered
 from nnunet_dsp.trainers.nnUNetTrainerDSP import nnUNetTrainerDSP
 from nnunet_dsp.trainers.nnUNetTrainerDSP_1epoch import nnUNetTrainerDSP_1epoch
 from nnunet_dsp.trainers.nnUNetTrainerDSP_5epochs import nnUNetTrainerDSP_5epochs
@@ -43,11 +43,11 @@ __all__ = [
     "nnUNetTrainerCRAC_20epochs",
     "nnUNetTrainerCRAC_250epochs",
     "nnUNetTrainerCRAC_50epochs",
+    "nnUNetTrainerCRAC_entropyFilter",
     "nnUNetTrainerCRAC_errorPredictor",
     "nnUNetTrainerCRAC_released",
     "nnUNetTrainerCRAC_softPseudoLabels",
     "nnUNetTrainerCRAC_supervisedOnly",
-    "nnUNetTrainerCRAC_unfiltered",
     "nnUNetTrainerDSP",
     "nnUNetTrainerDSP_100epochs",
     "nnUNetTrainerDSP_10epochs",

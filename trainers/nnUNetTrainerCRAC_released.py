@@ -10,7 +10,12 @@ class nnUNetTrainerCRAC_released(nnUNetTrainerCRAC):
     """
 
     default_settings = CRACSettings(
-        released=True, pseudo_labels="soft", optimizer="released", entropy_share=0.005, warmup=0.0
+        released=True,
+        pseudo_labels="soft",
+        entropy_filter=True,
+        entropy_share=0.005,
+        warmup=0.0,
+        optimizer="released",
     )
 
 

@@ -50,7 +50,7 @@ class CRACSettings:
     consistency_weight: float = 10.0
     warmup: float = 0.1
     pseudo_labels: str = "hard"
-    entropy_filter: bool = True
+    entropy_filter: bool = False
     entropy_share: float = 0.2
     entropy_power: float = 1.5
     error_filter: bool = False

@@ -285,8 +285,8 @@ def test_the_options_survive_the_plans_and_every_variant_overrides_one_thing():
     default = CRACSettings().to_plans()
     expected = {
         "supervisedOnly": {"consistency_weight": 0.0},
-        "unfiltered": {"entropy_filter": False},
-        "errorPredictor": {"error_filter": True},
+        "entropyFilter": {"entropy_filter": True},
+        "errorPredictor": {"entropy_filter": True, "error_filter": True},
         "softPseudoLabels": {"pseudo_labels": "soft"},
     }
     everything = [m.name for m in pkgutil.iter_modules(nnunet_dsp.trainers.__path__)]

@@ -24,17 +24,17 @@ from nnunet_dsp.benchmark.training_arguments import (
 EPILOG = """arms:
   full             every instance labelled, labelled edges only: the ceiling
   supervised       a share of the instances labelled, labelled edges only
-  unfiltered       also the other network's affinities as pseudo-labels, all of them
-  crac             the most certain of them (nnUNetTrainerCRAC)
+  crac             also pseudo-labels from the other network's affinities (nnUNetTrainerCRAC)
+  entropy-filter   the most certain of them
   error-predictor  those, and not what the error predictor takes for wrong
-  hard             as crac, with pseudo-labels of 0 or 1
+  soft             as crac, with the affinities themselves as pseudo-labels
   released         as crac, with the released code's oddities
   any other by --arm NAME=TRAINER[@full][:key=value,...], then --arms NAME; the keys are those of CRACSettings
 
 examples, on two CPU cores:
   nnunet_dsp benchmark instances -d 703 -o DIR -c 2d --share 0.1 0.2 --arms full supervised crac --seeds 0 1 2 \\
     --plans small --patch 128 --batch-size 4 --features 12 24 48 96 --epochs 10 --iterations-per-epoch 100 --device cpu
-  nnunet_dsp benchmark instances -o DIR --arms hard wide --arm wide=nnUNetTrainerCRAC:embedding_channels=32
+  nnunet_dsp benchmark instances -o DIR --arms soft wide --arm wide=nnUNetTrainerCRAC:embedding_channels=32
 """
 
 # What a call may not change in a folder that has runs already: name and default. The keys that `benchmark accuracy`
@@ -53,7 +53,7 @@ EVALUATION: dict[str, Any] = {
 
 # What is remembered from call to call, and may change.
 SELECTION: dict[str, Any] = {
-    "arms": ["full", "supervised", "unfiltered", "crac", "error-predictor"],
+    "arms": ["full", "supervised", "crac", "entropy-filter", "error-predictor"],
     "arm": [],
     "share": [0.1],
     "seeds": [0, 1, 2],

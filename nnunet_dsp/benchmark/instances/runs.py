@@ -31,8 +31,8 @@ LABELLED = "instances_labelled.json"  # in a raw dataset: by case how many insta
 ARMS: dict[str, Arm] = {
     "full": Arm("full", "full", f"{CRAC}_supervisedOnly"),
     "supervised": Arm("supervised", "weak", f"{CRAC}_supervisedOnly"),
-    "unfiltered": Arm("unfiltered", "weak", f"{CRAC}_unfiltered"),
     "crac": Arm("crac", "weak", CRAC),
+    "entropy-filter": Arm("entropy-filter", "weak", f"{CRAC}_entropyFilter"),
     "error-predictor": Arm("error-predictor", "weak", f"{CRAC}_errorPredictor"),
     "soft": Arm("soft", "weak", f"{CRAC}_softPseudoLabels"),
     "released": Arm("released", "weak", f"{CRAC}_released"),
