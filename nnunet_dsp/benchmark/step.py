@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "A step is forward, loss, backward and optimiser on a batch at hand; loading is `benchmark loader`'s. Half of "
         "each batch is masked, the other half carries tags, 20 points and 20 boxes a patch. Small plans on a CPU "
         "(2D: 4 patches of 192 squared, 3D: 2 of 64 cubed; wide: nnU-Net's usual channels on patches that a CPU can "
-        "take), nnU-Net's usual ones on CUDA (12 of 512 squared, 2 of 128 "
-        "cubed), where AMP is on as in training, and torch.compile as nnUNet_compile says."
+        "take), nnU-Net's usual ones on CUDA (12 of 512 squared, 2 of 128 cubed), where AMP is on as in training, and "
+        "torch.compile as nnUNet_compile says."
     )
     add_timing_arguments(parser, repeats=15)
     parser.add_argument("--only", choices=("2D", "3D"), help="measure this configuration alone (default: both)")

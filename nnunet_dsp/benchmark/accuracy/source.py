@@ -254,7 +254,7 @@ def survey(
         file_ending=source.file_ending,
         objects=objects,
         not_boxed=tuple(net_like_classes(coverages)),
-        checksums=_checksums(source, split, evaluation) if with_checksums else {},
+        checksums=checksums_of(source, split, evaluation) if with_checksums else {},
     )
     return facts, evaluation
 
@@ -284,7 +284,8 @@ def _evaluation_files(source: RawDataset, split: Split) -> dict[str, tuple[tuple
     return {name: (tuple(files), labels[name]) for name, files in images.items()}
 
 
-def _checksums(source: RawDataset, split: Split, evaluation: Mapping[str, Any]) -> dict[str, str]:
+def checksums_of(source: RawDataset, split: Split, evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of dataset.json and of every image and label used, by path relative to the source folder."""
     files = {source.folder / "dataset.json"}
     for name in split.training:
         files |= {*source.cases[name].images, source.cases[name].label}
@@ -313,4 +314,4 @@ def verify_source(facts: SourceFacts | PretrainingFacts, source: RawDataset) -> 
             )
 
 
-__all__ = ["SourceFacts", "Split", "choose_cases", "evaluation_files", "survey", "verify_source"]
+__all__ = ["SourceFacts", "Split", "checksums_of", "choose_cases", "evaluation_files", "survey", "verify_source"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from nnunet_dsp.benchmark.accuracy import FIXED as ACCURACY_DEFAULTS
 from nnunet_dsp.benchmark.accuracy.arms import Arm, Data, Grid, Run, parse_custom_arm
 from nnunet_dsp.benchmark.accuracy.cost import Counts
 from nnunet_dsp.benchmark.accuracy.datasets import Datasets
-from nnunet_dsp.benchmark.accuracy.source import SourceFacts, choose_cases, evaluation_files
+from nnunet_dsp.benchmark.accuracy.source import SourceFacts, checksums_of, choose_cases, evaluation_files
 from nnunet_dsp.benchmark.accuracy.training import Progress, Training, resolved_options, schedule
 from nnunet_dsp.benchmark.accuracy.workplace import Workplace, checksum, code_state, write_json
 from nnunet_dsp.dataset_conversion import raw_dataset
@@ -115,11 +114,6 @@ def survey(source: RawDataset, fixed: Mapping[str, Any], processes: int) -> tupl
     (name,) = (name for name in source.json["labels"] if name not in ("background", "ignore"))
     jobs = [(case, source.reader_writer(), source.cases[case].label, source.ignore_label) for case in split.training]
     found = map_cases(_count, jobs, processes=processes, description="Reading labels")
-    files = {source.folder / "dataset.json"}
-    for case in split.training:
-        files |= {*source.cases[case].images, source.cases[case].label}
-    for images, label in evaluation.values():
-        files |= {*images, label}
     facts = SourceFacts(
         name=source.folder.name,
         folder=str(source.folder.resolve()),
@@ -131,7 +125,7 @@ def survey(source: RawDataset, fixed: Mapping[str, Any], processes: int) -> tupl
         file_ending=source.file_ending,
         objects={case: {name: number} for case, number in found},
         not_boxed=(),
-        checksums={os.path.relpath(file, source.folder): checksum(file) for file in sorted(files)},
+        checksums=checksums_of(source, split, evaluation),
     )
     return facts, evaluation
 
