@@ -14,7 +14,7 @@ from nnunet_dsp.annotations import Annotations, Box, Point
 from nnunet_dsp.benchmark.accuracy import FIXED
 from nnunet_dsp.benchmark.accuracy.annotators import count, deal, order_of_masks, order_of_weak, rasterise
 from nnunet_dsp.benchmark.accuracy.arms import Data
-from nnunet_dsp.benchmark.accuracy.source import choose_cases
+from nnunet_dsp.benchmark.accuracy.source import choose_cases, group_cases
 
 SHOWN = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=3), st.sets(st.sampled_from(["x", "y", "z"])), min_size=2, max_size=9
@@ -60,6 +60,23 @@ def test_seeds_choose_different_cases():
     shown = {f"case_{i}": {"x"} for i in range(20)}
     assert len({tuple(order_of_masks(shown, seed)[:3]) for seed in range(5)}) == 5
     assert order_of_masks(shown, 1) == order_of_masks(dict(reversed(shown.items())), 1)
+
+
+def test_a_group_gets_its_masks_one_after_the_other():
+    shown = {f"patient{p}_frame{f}": {"x"} for p in range(6) for f in (0, 1)}
+    groups = group_cases(shown, r"patient\d")
+    for seed in range(5):
+        order = order_of_masks(shown, seed, groups)
+        assert sorted(order) == sorted(shown)
+        assert all(groups[a] == groups[b] for a, b in zip(order[::2], order[1::2], strict=True))
+    masked = {case for case, kinds in deal(Data("masks", 4, seed=1), shown, groups).items() if kinds}
+    assert len(masked) == 4
+    assert len({groups[case] for case in masked}) == 2
+
+
+def test_the_best_of_a_group_comes_first_and_the_rest_counts_as_shown():
+    shown = {"a0": {"x"}, "a1": {"x", "y"}, "b0": {"z"}, "b1": {"x"}}
+    assert order_of_masks(shown, 0, group_cases(shown, "[ab]"))[:3] == ["a1", "a0", "b0"]
 
 
 @given(SHOWN, st.integers(0, 3), st.data())

@@ -394,6 +394,15 @@ def test_every_arm_sees_the_masks_of_the_same_cases(benchmark):
             assert (benchmark.raw(name) / "labelsTr" / f"{case}.png").read_bytes() == truth
 
 
+def test_cases_of_one_group_get_their_masks_together(benchmark):
+    benchmark("--arms", "masks", "--masks", "3", "--seeds", "0", "1", "--group", "toy_(?=[0-2])|oy_(?=[3-5])")
+    for seed in "01":
+        record = benchmark.record(f"m3_s{seed}_masks__nnUNetTrainer")
+        masked = {case for case, kinds in record["cases"].items() if "mask" in kinds}
+        assert masked in ({"toy_0", "toy_1", "toy_2"}, {"toy_3", "toy_4", "toy_5"})
+        assert masked == {file.stem for file in (benchmark.raw(f"m3_s{seed}_masks") / "labelsTr").iterdir()}
+
+
 def test_the_ignore_arm_sees_the_points_and_boxes_that_dsp_sees(benchmark):
     benchmark("--arms", "ignore", "dsp")
     weak, painted = benchmark.raw("m2_w4_s0_weak_tags-points-boxes"), benchmark.raw("m2_w4_s0_ignore_points-boxes")

@@ -42,8 +42,8 @@ def add_place_arguments(parser: argparse.ArgumentParser, dataset: str) -> None:
     parser.add_argument("-o", dest="output", metavar="DIR", type=Path, required=True, help="folder for all it makes")
 
 
-def add_held_out_arguments(data: Group) -> None:
-    """The keys of HELD_OUT."""
+def add_held_out_arguments(data: Group, *, grouped: str = "are held out together") -> None:
+    """The keys of HELD_OUT. `grouped` says what happens to cases of one group."""
     data.add_argument("--evaluate-on", choices=("test", "val"), help="val: to choose parameters by (default: test)")
     for part, help_text in (("test", "where there is no imagesTs with labelsTs"), ("val", "with --evaluate-on val")):
         name = {"test": "test", "val": "validation"}[part]
@@ -55,9 +55,7 @@ def add_held_out_arguments(data: Group) -> None:
         )
         data.add_argument(f"--{part}-share", metavar="P", type=float, help="or a random share (default: 0.2)")
     data.add_argument("--split-seed", metavar="S", type=int, help="of that random share (default: 0)")
-    data.add_argument(
-        "--group", metavar="REGEX", help="cases with the same match (say, of the patient) are held out together"
-    )
+    data.add_argument("--group", metavar="REGEX", help=f"cases with the same match (say, of the patient) {grouped}")
 
 
 def add_training_arguments(

@@ -120,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     data = parser.add_argument_group("data (fixed once DIR exists)")
-    add_held_out_arguments(data)
+    add_held_out_arguments(data, grouped="are held out together, and get their masks one after the other")
     data.add_argument("--share", metavar="P", type=float, help="probability that an object is annotated (default: 1)")
     data.add_argument("--points-per-object", metavar="N", type=int, help="(default: 1)")
     data.add_argument("--loosen", metavar="VOXELS", type=int, help="boxes are too large by up to this (default: 0)")

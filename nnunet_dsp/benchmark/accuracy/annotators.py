@@ -17,22 +17,30 @@ from nnunet_dsp.dataset_conversion.raw_dataset import RawCase
 from nnunet_dsp.dataset_conversion.weak_labels import WeakOptions, annotate, find_objects, rectangle, scribble
 
 
-def order_of_masks(shown: Mapping[str, Collection[str]], seed: int) -> list[str]:
+def order_of_masks(
+    shown: Mapping[str, Collection[str]], seed: int, groups: Mapping[str, str] | None = None
+) -> list[str]:
     """All cases, in the order in which they get a mask: the first N keep theirs where N do, so counts are nested.
 
     Each next case is the one that adds most classes not shown yet, as one would choose who annotates; among equals,
-    and once every class is shown, a random order decides.
+    and once every class is shown, a random order decides. The rest of its group follows it, sorted by name.
+
+    Args:
+        shown: classes by case.
+        groups: by case, such as its patient. A case that is not in it is a group of its own.
     """
     names = sorted(shown)
     random = np.random.default_rng([seed, 0])
     left = [names[i] for i in random.permutation(len(names))]
     missing = set().union(*shown.values()) if shown else set()
-    order = []
+    order: list[str] = []
     while left:
         best = max(left, key=lambda name: len(missing & set(shown[name]))) if missing else left[0]
-        order.append(best)
-        left.remove(best)
-        missing -= set(shown[best])
+        together = [name for name in names if groups[name] == groups[best]] if groups and best in groups else [best]
+        for name in (best, *(name for name in together if name != best)):
+            order.append(name)
+            left.remove(name)
+            missing -= set(shown[name])
     return order
 
 
@@ -42,13 +50,18 @@ def order_of_weak(cases: Collection[str], seed: int) -> list[str]:
     return [names[i] for i in np.random.default_rng([seed, 1]).permutation(len(names))]
 
 
-def deal(data: Data, shown: Mapping[str, Collection[str]]) -> dict[str, tuple[str, ...]]:
-    """For each case of a dataset ("mask",), or its weak kinds, or (); cases that are not in it are left out."""
+def deal(
+    data: Data, shown: Mapping[str, Collection[str]], groups: Mapping[str, str] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """For each case of a dataset ("mask",), or its weak kinds, or (); cases that are not in it are left out.
+
+    `shown` and `groups` are as in order_of_masks.
+    """
     if data.source == "full":
         return dict.fromkeys(shown, ("mask",))
     if data.source == "pretrain":
         return {}
-    masked = order_of_masks(shown, data.seed)[: data.masks]
+    masked = order_of_masks(shown, data.seed, groups)[: data.masks]
     weak = [case for case in order_of_weak(shown, data.seed) if case not in masked][: data.weak]
     chosen = {case: shown[case] for case in shown if case in {*masked, *weak}}
     kinds: dict[str, Any] = dict.fromkeys(data.kinds, "rest")

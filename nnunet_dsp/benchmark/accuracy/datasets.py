@@ -181,7 +181,7 @@ class Datasets:
         ignore = max(self.facts.labels.values()) + 1 if self.facts.ignore is None else self.facts.ignore
         for part in ("imagesTr", "labelsTr"):
             (folder / part).mkdir()
-        kinds_of = deal(data, {case: set(self.facts.objects[case]) for case in self.facts.training})
+        kinds_of = deal(data, self.facts.shown, self.facts.groups)
         counts = []
         jobs = []
         for case, kinds in kinds_of.items():
@@ -246,8 +246,7 @@ class Datasets:
         """dataset.json's prompt: of a one-shot training's two cases the one that it is not trained on, or the rectangle
         that is labelled in it."""
         if data.prompt_from == "mask":
-            shown = {case: set(self.facts.objects[case]) for case in self.facts.training}
-            return {"case": order_of_masks(shown, data.seed)[1]}
+            return {"case": order_of_masks(self.facts.shown, data.seed, self.facts.groups)[1]}
         case = next(case for case, kinds in kinds_of.items() if "mask" not in kinds)
         label, _ = raw_dataset.read_label(full.reader_writer(), folder / "labelsTr" / f"{case}{full.file_ending}")
         known = np.nonzero((label[0] if label.shape[0] == 1 else label) <= max(self.facts.labels.values()))

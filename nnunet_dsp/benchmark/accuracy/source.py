@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,23 +97,34 @@ def _hold_out(
 def _random_share(cases: Sequence[str], share: float, fixed: Mapping[str, Any], part: str) -> set[str]:
     if not 0 < share < 1:
         raise ValueError(f"--{part}-share: expected a number between 0 and 1, but got {share}.")
-    groups: dict[str, list[str]] = {}
-    for case in cases:
-        key = case
-        if fixed["group"] is not None:
-            match = re.search(fixed["group"], case)
-            if match is None:
-                raise ValueError(f"--group: {fixed['group']!r} finds nothing in the case name {case!r}.")
-            key = match.group(1) if match.groups() else match.group(0)
-        groups.setdefault(key, []).append(case)
-    names = sorted(groups)
+    members: dict[str, list[str]] = {}
+    for case, group in group_cases(cases, fixed["group"]).items():
+        members.setdefault(group, []).append(case)
+    names = sorted(members)
     random = np.random.default_rng([fixed["split_seed"], {"test": 0, "val": 1}[part]])
     out: set[str] = set()
     for index in random.permutation(len(names)):
         if len(out) >= max(1, round(share * len(cases))):
             break
-        out |= set(groups[names[index]])
+        out |= set(members[names[index]])
     return out
+
+
+def group_cases(cases: Iterable[str], pattern: str | None) -> dict[str, str]:
+    """By case what `pattern` finds in its name (its first group, where it has one); without a pattern, its name.
+
+    Raises:
+        ValueError: a case in whose name it finds nothing.
+    """
+    if pattern is None:
+        return {case: case for case in cases}
+    found: dict[str, str] = {}
+    for case in cases:
+        match = re.search(pattern, case)
+        if match is None:
+            raise ValueError(f"--group: {pattern!r} finds nothing in the case name {case!r}.")
+        found[case] = match.group(1) if match.groups() else match.group(0)
+    return found
 
 
 class _SurveyJob(NamedTuple):
@@ -154,6 +165,7 @@ class SourceFacts:
         objects: connected components by case and class; classes not shown are left out.
         not_boxed: classes that are like a net, whose boxes would say nothing.
         checksums: SHA-256 by file, relative to the source folder.
+        groups: what --group finds in the names of the training cases; empty without it.
     """
 
     name: str
@@ -167,6 +179,7 @@ class SourceFacts:
     objects: dict[str, dict[str, int]]
     not_boxed: tuple[str, ...]
     checksums: dict[str, str]
+    groups: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> SourceFacts:
@@ -174,6 +187,11 @@ class SourceFacts:
         for key in ("training", "evaluation", "not_boxed"):
             content[key] = tuple(content[key])
         return cls(**content)
+
+    @property
+    def shown(self) -> dict[str, set[str]]:
+        """Classes that each training case shows."""
+        return {case: set(self.objects[case]) for case in self.training}
 
     @property
     def foreground(self) -> tuple[str, ...]:
@@ -255,6 +273,7 @@ def survey(
         objects=objects,
         not_boxed=tuple(net_like_classes(coverages)),
         checksums=checksums_of(source, split, evaluation) if with_checksums else {},
+        groups={} if fixed["group"] is None else group_cases(split.training, fixed["group"]),
     )
     return facts, evaluation
 
@@ -314,4 +333,13 @@ def verify_source(facts: SourceFacts | PretrainingFacts, source: RawDataset) -> 
             )
 
 
-__all__ = ["SourceFacts", "Split", "checksums_of", "choose_cases", "evaluation_files", "survey", "verify_source"]
+__all__ = [
+    "SourceFacts",
+    "Split",
+    "checksums_of",
+    "choose_cases",
+    "evaluation_files",
+    "group_cases",
+    "survey",
+    "verify_source",
+]

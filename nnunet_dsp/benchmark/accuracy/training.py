@@ -155,7 +155,7 @@ class Training:
             "schedule": schedule(self.fixed, run.seed, epochs_of(self.fixed, run)),
             "needs": run.needs,
             "pretrained": run.pretrained,
-            "cases": deal(run.data, {case: set(facts.objects[case]) for case in facts.training}),
+            "cases": deal(run.data, facts.shown, facts.groups),
             "configuration": dict(self.fixed),
             "counts": asdict(self.datasets.counts(run.data) or Counts()),
             "means": {metric: {**values, "mean": mean(list(values.values()))} for metric, values in means.items()},
