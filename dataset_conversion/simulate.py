@@ -37,9 +37,14 @@ from nnunet_dsp.dataset_conversion.mixture import KINDS, Count, assign
 from nnunet_dsp.dataset_conversion.parallel import map_cases
 from nnunet_dsp.dataset_conversion.raw_dataset import EVALUATION_FOLDER, RawCase, RawDataset
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, Split, read_splits, split_masked
-from nnunet_dsp.dataset_conversion.weak_labels import WeakOptions, annotate, box_coverage, rectangle, scribble
-
-TOO_MUCH = 0.5  # boxes of a class that cover more than this share of the image say nearly nothing
+from nnunet_dsp.dataset_conversion.weak_labels import (
+    TOO_MUCH,
+    WeakOptions,
+    annotate,
+    box_coverage,
+    rectangle,
+    scribble,
+)
 
 
 def _count(text: str) -> Count:
@@ -144,7 +149,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="probability of each object to be annotated, 0 to 1 (default: 1); below 1 nothing is complete",
     )
-    how.add_argument("--points-per-object", metavar="N", type=int, default=1)
+    how.add_argument(
+        "--points-per-object",
+        metavar="N",
+        type=int,
+        default=1,
+        help="well inside each; of a class like a net, as many as it has pieces, anywhere on it (default: 1)",
+    )
     how.add_argument(
         "--loosen",
         metavar="VOXELS",

@@ -3,7 +3,8 @@
 Pure functions on arrays. Which case gets what, and everything on disk, is in simulate.py.
 """
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from nnunet_dsp.annotations import Annotations, Box, Point
 # what a random stream is for: asking for boxes does not move the points
 POINTS, BOXES, SCRIBBLES, SHARE, RECTANGLES = 1, 2, 3, 4, 5
 
-
+TOO_MUCH = 0.5  # a box that covers more than this share of the image says nearly nothing
 LOOKS = 20  # places for a rectangle that an annotator considers before taking one that shows less than two classes
 
 
@@ -26,7 +27,8 @@ class WeakOptions:
 
     share: probability of each object to be pointed at, boxed or scribbled on, 0 to 1. A larger share keeps the objects
         of a smaller one.
-    points_per_object: how many voxels of each object are pointed at (all, if it has fewer).
+    points_per_object: how many voxels of each object are pointed at (all, if it has fewer). The objects of a class that
+        is like a net in this image share theirs: they lie anywhere on the class.
     loosen: each side of a box is moved outwards by 0 to this many voxels; above 0 the boxes are not tight.
     min_size: objects of fewer voxels are overlooked; their classes are then neither complete nor tagged by them.
     complete: say for which classes every object was annotated, where that is so.
@@ -66,6 +68,11 @@ class ImageObject:
     def size(self) -> int:
         """Number of voxels."""
         return int(self.voxels.sum())
+
+    def is_net_like(self, shape: tuple[int, ...]) -> bool:
+        """Whether it spans more than half of an image of that shape, and fills less than half of what it spans."""
+        spanned = self.voxels.size
+        return spanned > TOO_MUCH * math.prod(shape) and self.size < spanned / 2
 
 
 def find_objects(mask: np.ndarray, labels: Mapping[str, int], classes: Collection[str]) -> list[ImageObject]:
@@ -120,6 +127,7 @@ def annotate(
     seen = [o for o in everything if o.size >= options.min_size]
     overlooked = {o.label for o in everything if o.size < options.min_size}
     taken = _take(seen, options.share, labels, seed)
+    nets = {o.label for o in seen if o.is_net_like(mask.shape)}
     complete = tuple(n for n in labels if n not in overlooked) if options.complete and options.share >= 1 else ()
     present: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
@@ -133,8 +141,12 @@ def annotate(
     if "points" in kinds:
         random = np.random.default_rng([*seed, POINTS])
         for item in taken:
-            if item.label in options.point_classes:
+            if item.label in options.point_classes and item.label not in nets:
                 points += [Point(item.label, p) for p in draw_points(item, options.points_per_object, random, spacing)]
+        for name in (n for n in labels if n in nets and n in options.point_classes):
+            members = [o for o in taken if o.label == name]
+            number = options.points_per_object * len(members)
+            points += [Point(name, p) for p in scatter_points(members, number, [*seed, POINTS, labels[name]])]
     if "boxes" in kinds:
         random = np.random.default_rng([*seed, BOXES])
         boxes = [draw_box(o, options.loosen, mask.shape, random) for o in taken if o.label in options.box_classes]
@@ -144,7 +156,9 @@ def annotate(
         absent=absent,
         points=tuple(points),
         boxes=tuple(boxes),
-        complete_points=tuple(n for n in complete if "points" in kinds and n in options.point_classes),
+        complete_points=tuple(
+            n for n in complete if "points" in kinds and n in options.point_classes and n not in nets
+        ),
         complete_boxes=tuple(n for n in complete if "boxes" in kinds and n in options.box_classes),
     )
 
@@ -172,6 +186,22 @@ def draw_points(
     weight = ndimage.distance_transform_edt(inside, sampling=spacing)[inside] ** 2
     where = np.argwhere(inside) - 1 + np.asarray(item.start)
     chosen = random.choice(len(where), size=min(number, len(where)), replace=False, p=weight / weight.sum())
+    return [tuple(float(v) for v in where[i]) for i in chosen]
+
+
+def scatter_points(items: list[ImageObject], number: int, seed: Sequence[int]) -> list[tuple[float, ...]]:
+    """Voxel centres anywhere on the objects, without repetition, each voxel as likely as any other.
+
+    So one points at membranes: on the net, wherever. A point in each connected component would put most of them into
+    the crumbs beside it, and a point far from the border into its blots.
+
+    Returns:
+        At most `number` tuples of whole floats in voxels of the image, array order.
+    """
+    if not items:
+        return []
+    where = np.concatenate([np.argwhere(item.voxels) + np.asarray(item.start) for item in items])
+    chosen = np.random.default_rng(seed).permutation(len(where))[:number]
     return [tuple(float(v) for v in where[i]) for i in chosen]
 
 

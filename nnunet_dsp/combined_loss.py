@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nnunet_dsp.batch import AnnotationBatch
 from nnunet_dsp.losses import dsp_losses
 from nnunet_dsp.pseudo_labels import allowed_classes, box_cover
+from nnunet_dsp.schedules import PolynomialDecay
 from nnunet_dsp.set_losses import SetLosses, set_losses
 from nnunet_dsp.settings import DSPSettings
 
@@ -37,9 +38,11 @@ class CombinedLoss(nn.Module):
     The others learn by the same loss from their pseudo-labels, once these are used. The DSP losses and the marginal
     cross entropy act on the full resolution only.
 
+    Two weights depend on how far the training has come: see set_progress().
+
     Args:
         mask_loss: nnU-Net's, deep supervision included.
-        settings: weights and variant.
+        settings: weights, schedules and variant.
         ignore_label: the dataset's, or None.
     """
 
@@ -50,7 +53,22 @@ class CombinedLoss(nn.Module):
         self.ignore_label = ignore_label
         self.knowledge: BatchKnowledge | None = None
         self.use_pseudo_labels = False
+        self.dsp_weight = settings.dsp_weight
         self.terms: Tensor | None = None
+
+    def set_progress(self, progress: float) -> None:
+        """Start pseudo-labels after their warm-up, and lower the DSP losses' weight where `dsp_schedule` says so.
+
+        The evidence of a tag, a point or a box is that a class is there, never that it is not, so the DSP losses raise
+        the share of annotated classes. Early that finds objects; at the end only masks and pseudo-labels should decide
+        how large they are.
+
+        Args:
+            progress: the share of the training that is done, in [0, 1].
+        """
+        self.use_pseudo_labels = progress >= self.settings.pseudo_label_warmup
+        if self.settings.dsp_schedule == "linear":
+            self.dsp_weight = PolynomialDecay(self.settings.dsp_weight, power=1)(progress)
 
     def forward(self, output: Tensor | list[Tensor], target: Tensor | list[Tensor]) -> Tensor:
         """
@@ -78,7 +96,7 @@ class CombinedLoss(nn.Module):
             zero = logits.new_zeros(())
             allowed = allowed_classes(annotations, classes, logits.shape[1], logits.shape[2:], self.ignore_label)
             image = box = point = mask = pseudo = marginal = zero
-            if settings.dsp_weight > 0:
+            if self.dsp_weight > 0:
                 image, box, point, mask = dsp_losses(
                     logits,
                     annotations,
@@ -112,7 +130,7 @@ class CombinedLoss(nn.Module):
             )
             total = (
                 mask_loss.float()
-                + settings.dsp_weight * dsp
+                + self.dsp_weight * dsp
                 + settings.pseudo_label_weight * pseudo
                 + settings.marginal_weight * marginal
             )

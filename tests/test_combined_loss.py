@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -60,6 +61,16 @@ def test_a_batch_without_masked_item_still_calls_the_mask_loss_so_that_ddp_stays
     loss.knowledge = BatchKnowledge(known(), 0)
     assert torch.isfinite(loss(logits, target))
     assert loss.mask_loss.seen == 4
+
+
+def test_the_weight_of_the_dsp_losses_falls_to_nothing_unless_it_is_constant():
+    for schedule, weights in (("linear", [0.4, 0.3, 0.0]), ("constant", [0.4, 0.4, 0.4])):
+        loss = CombinedLoss(Recorder(), DSPSettings(dsp_weight=0.4, dsp_schedule=schedule), IGNORE)
+        found = []
+        for progress in (0.0, 0.25, 1.0):
+            loss.set_progress(progress)
+            found.append(loss.dsp_weight)
+        assert found == pytest.approx(weights)
 
 
 def test_pseudo_labels_act_on_unmasked_voxels_that_show_the_image_and_nowhere_else():

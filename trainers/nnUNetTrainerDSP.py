@@ -32,6 +32,7 @@ from nnunet_dsp.patch_annotations import CaseAnnotations
 from nnunet_dsp.prompt import initialise_prototypes, unwrapped
 from nnunet_dsp.prompt_settings import PromptSettings
 from nnunet_dsp.prompt_source import CASES_LOOKED_AT, requests_of, source_of
+from nnunet_dsp.schedules import progress_of
 from nnunet_dsp.settings import PLANS_KEY, DSPSettings
 from nnunet_dsp.training_log import LossTerms, seed_from_environment
 from nnunet_dsp.training_set import ANNOTATIONS_FOLDER, find_weak_cases, load_case_annotations
@@ -380,10 +381,10 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
         self._step = 0
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        progress = (self.current_epoch + self._step / self.num_iterations_per_epoch) / self.num_epochs
+        progress = progress_of(self.current_epoch, self._step, self.num_iterations_per_epoch, self.num_epochs)
         self._step += 1
         components = batch.get("components")
-        self.loss.use_pseudo_labels = progress >= self.settings.pseudo_label_warmup
+        self.loss.set_progress(progress)
         self.loss.knowledge = BatchKnowledge(
             AnnotationBatch.from_list(batch["annotations"]).to(self.device),
             batch["num_masked"],

@@ -81,6 +81,47 @@ def test_each_object_has_its_points_and_they_lie_in_it(dim, number):
     assert not left
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_points_of_a_net_lie_anywhere_on_its_class_and_are_as_many_as_its_pieces_ask_for(number):
+    mask = np.zeros((64, 64), np.int16)
+    mask[::8] = mask[:, ::8] = 1  # a grid of lines ...
+    mask[3::8, 3::8] = 1  # ... with a speck in each of its 64 meshes
+    mask[20:23, 20:23] = 2
+    assert len(components(mask, 1)) == 65
+    options = replace(OPTIONS, points_per_object=number)
+    found = [annotate(mask, LABELS, KINDS, options, (seed,)) for seed in range(10)]
+    points = [p for said in found for p in said.points if p.label == "net"]
+    assert len(points) == 10 * 65 * number
+    assert all(mask[tuple(map(int, p.at))] == 1 for p in points)
+    on_specks = np.mean([p.at[0] % 8 != 0 and p.at[1] % 8 != 0 for p in points])
+    assert on_specks < 0.15, "specks are 64 of 65 pieces and 7 % of the voxels"
+    assert len(set(points)) > 300, "other images, other places"
+    for said in found:
+        assert len({p.at for p in said.points}) == len(said.points), "a voxel is pointed at twice"
+        assert sum(p.label == "blob" for p in said.points) == number, "other classes have theirs object by object"
+        assert said.complete_points == ("blob", "rare"), "not every piece of the net has a point"
+        assert said.complete_boxes == FOREGROUND
+
+
+def test_a_large_solid_object_is_no_net():
+    mask = np.zeros((32, 32), np.int16)
+    mask[1:31, 1:31] = 1
+    said = annotate(mask, LABELS, ("points",), OPTIONS, (0,))
+    assert "net" in said.complete_points
+    edge = [annotate(mask, LABELS, ("points",), OPTIONS, (s,)).points[0].at for s in range(20)]
+    assert all(min(*a, *(31 - x for x in a)) > 2 for a in edge)
+
+
+def test_a_larger_share_keeps_the_points_of_a_net():
+    mask = np.zeros((32, 32), np.int16)
+    mask[::8] = mask[:, ::8] = 1
+    few, many = (
+        set(annotate(mask, LABELS, ("points",), replace(OPTIONS, points_per_object=n), (0,)).points) for n in (2, 5)
+    )
+    assert len(few) == 2 and len(many) == 5
+    assert few < many
+
+
 def test_points_keep_away_from_the_border():
     mask = np.zeros((41, 41), np.int16)
     mask[5:36, 5:36] = 2

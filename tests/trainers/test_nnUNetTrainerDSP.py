@@ -63,17 +63,22 @@ def test_the_progress_picture_shows_the_terms_below_nnunets_panels(tiny):
     assert height > 2 * width, "nnU-Net's picture is 30 x 54 inches; the terms add 18"
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms(tiny):
+@pytest.mark.parametrize(("schedule", "shares"), [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25])])
+def test_the_loss_is_the_weighted_sum_of_its_terms(tiny, schedule, shares):
     weights = {"dsp_weight": 0.3, "image_weight": 2.0, "box_weight": 3.0, "point_weight": 5.0, "mask_weight": 7.0}
-    trainer = tiny.trainer(
-        nnUNetTrainerDSP, settings={**weights, "pseudo_label_weight": 11.0, "pseudo_label_warmup": 0.0, "seed": 1}
-    )
+    others = {"dsp_schedule": schedule, "pseudo_label_weight": 11.0, "pseudo_label_warmup": 0.0, "seed": 1}
+    trainer = tiny.trainer(nnUNetTrainerDSP, settings={**weights, **others}, iterations=2)
+    trainer.num_epochs = 2
     trainer.on_train_start()
-    trainer.on_train_epoch_start()
-    for _ in range(3):
+    for step, share in enumerate(shares):
+        if step % 2 == 0:
+            trainer.current_epoch = step // 2
+            trainer.on_train_epoch_start()
         result = trainer.train_step(next(trainer.dataloader_train))
         mask, image, box, point, component, pseudo, marginal = (float(result[name]) for name in TERMS)
-        expected = mask + 0.3 * (2 * image + 3 * box + 5 * point + 7 * component) + 11 * pseudo + marginal
+        dsp = 2 * image + 3 * box + 5 * point + 7 * component
+        assert dsp > 0.1
+        expected = mask + 0.3 * share * dsp + 11 * pseudo + marginal
         assert float(result["loss"]) == pytest.approx(expected, rel=1e-4)
 
 
