@@ -60,8 +60,8 @@ class CombinedLoss(nn.Module):
         """Start pseudo-labels after their warm-up, and lower the DSP losses' weight where `dsp_schedule` says so.
 
         The evidence of a tag, a point or a box is that a class is there, never that it is not, so the DSP losses raise
-        the share of annotated classes. Early that finds objects; at the end only masks and pseudo-labels should decide
-        how large they are.
+        the share of annotated classes. Where that makes them too large, "linear" leaves the end of the training to
+        masks and pseudo-labels.
 
         Args:
             progress: the share of the training that is done, in [0, 1].
