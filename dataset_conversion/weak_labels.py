@@ -144,8 +144,8 @@ def annotate(
             if item.label in options.point_classes and item.label not in nets:
                 points += [Point(item.label, p) for p in draw_points(item, options.points_per_object, random, spacing)]
         for name in (n for n in labels if n in nets and n in options.point_classes):
-            members = [o for o in taken if o.label == name]
-            number = options.points_per_object * len(members)
+            members = [o for o in seen if o.label == name]  # also those left out by `share`, or the net might be
+            number = options.points_per_object * sum(o.label == name for o in taken)
             points += [Point(name, p) for p in scatter_points(members, number, [*seed, POINTS, labels[name]])]
     if "boxes" in kinds:
         random = np.random.default_rng([*seed, BOXES])
@@ -195,11 +195,13 @@ def scatter_points(items: list[ImageObject], number: int, seed: Sequence[int]) -
     So one points at membranes: on the net, wherever. A point in each connected component would put most of them into
     the crumbs beside it, and a point far from the border into its blots.
 
+    Args:
+        items: one or more.
+        number: of points; the same seed gives the first ones of a larger number.
+
     Returns:
         At most `number` tuples of whole floats in voxels of the image, array order.
     """
-    if not items:
-        return []
     where = np.concatenate([np.argwhere(item.voxels) + np.asarray(item.start) for item in items])
     chosen = np.random.default_rng(seed).permutation(len(where))[:number]
     return [tuple(float(v) for v in where[i]) for i in chosen]

@@ -62,7 +62,7 @@ class DSPSettings:
 
     def __post_init__(self) -> None:
         one_of("head", self.head, ("prototype", "standard"))
-        one_of("dsp_schedule", self.dsp_schedule, ("linear", "constant"))
+        one_of("dsp_schedule", self.dsp_schedule, ("constant", "linear"))
         one_of("variant", self.variant, ("default", "released"))
         one_of("pseudo_label_loss", self.pseudo_label_loss, ("nnunet", "cross_entropy"))
         one_of("pseudo_labels_in_boxes", self.pseudo_labels_in_boxes, ("boxed", "all"))

@@ -79,6 +79,13 @@ def test_the_best_of_a_group_comes_first_and_the_rest_counts_as_shown():
     assert order_of_masks(shown, 0, group_cases(shown, "[ab]"))[:3] == ["a1", "a0", "b0"]
 
 
+def test_cases_without_a_group_are_on_their_own():
+    shown = {name: {"x"} for name in ("a0", "a1", *(f"b{number}" for number in range(6)))}
+    orders = [order_of_masks(shown, seed, {"a0": "a", "a1": "a"}) for seed in range(20)]
+    assert all(abs(order.index("a0") - order.index("a1")) == 1 for order in orders)
+    assert len({tuple(name for name in order if name[0] == "b") for order in orders}) > 6, "in any order"
+
+
 @given(SHOWN, st.integers(0, 3), st.data())
 def test_every_weak_case_carries_all_kinds_and_no_masked_case_any(shown, seed, data):
     masks = data.draw(st.integers(0, len(shown)))

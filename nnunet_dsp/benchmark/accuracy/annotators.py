@@ -36,8 +36,9 @@ def order_of_masks(
     order: list[str] = []
     while left:
         best = max(left, key=lambda name: len(missing & set(shown[name]))) if missing else left[0]
-        together = [name for name in names if groups[name] == groups[best]] if groups and best in groups else [best]
-        for name in (best, *(name for name in together if name != best)):
+        group = (groups or {}).get(best)
+        rest = [name for name in names if name != best and groups and group is not None and groups.get(name) == group]
+        for name in (best, *rest):
             order.append(name)
             left.remove(name)
             missing -= set(shown[name])
