@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_dsp.batch import AnnotationBatch
-from nnunet_dsp.blocks import row_blocks
+from nnunet_dsp.blocks import as_numbers, row_blocks
 from nnunet_dsp.pseudo_labels import allowed_classes, class_index_of_boxes, flat_class_index, masked_classes
 from nnunet_dsp.released import released_losses
 
@@ -161,18 +161,17 @@ class _Reductions(torch.autograd.Function):
         component_class: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         probability = logits.softmax(1)
-        zero = logits.new_zeros(())
         mass = logits.new_zeros(logits.shape[:2])
         negatives = torch.zeros_like(mass)
         for rows in row_blocks(logits):
             inside = probability[:, :, rows]
             length: Tensor | int = logits.shape[3]
             if valid is not None:
-                inside = inside * valid[:, :, rows]
+                inside = inside * as_numbers(valid[:, :, rows], inside.dtype)
                 length = valid[:, :, rows].sum(3)
             mass += inside.sum((2, 3))
             # Row by row: the difference to a row's length is exact enough to add up, that of a whole volume is not.
-            kept = torch.where(allowed[:, :, rows], inside, zero).sum(3)
+            kept = as_numbers(allowed[:, :, rows], inside.dtype).mul_(inside).sum(3)
             negatives += (length - kept).clamp_min_(0).sum(2)
         line_maximum, line_index = _largest_of_each_line(probability.view(-1), box_index, line, num_lines)
         point_logits = logits.reshape(-1).index_select(0, point_index)
@@ -192,7 +191,7 @@ class _Reductions(torch.autograd.Function):
         by_negatives, by_mass, by_line, by_point, by_component = gradients
         nothing = probability.new_zeros(probability.shape[:2])
         by_mass = (nothing if by_mass is None else by_mass)[:, :, None, None]
-        by_allowed = by_mass if by_negatives is None else by_mass - by_negatives[:, :, None, None]
+        by_allowed = (nothing if by_negatives is None else -by_negatives)[:, :, None, None]
         result = torch.empty_like(probability)
         # A gradient g at one class of one voxel adds p g to that class and takes p_k p g from each class k of the
         # voxel. What is taken is one number a voxel, so lines cost what they number, however many classes there are.
@@ -207,9 +206,9 @@ class _Reductions(torch.autograd.Function):
         for rows in row_blocks(probability):
             # The backward pass of softmax: p (g - sum of p g).
             block = probability[:, :, rows]
-            gradient = torch.where(allowed[:, :, rows], by_allowed, by_mass)
+            gradient = as_numbers(allowed[:, :, rows], block.dtype).mul_(by_allowed).add_(by_mass)
             if valid is not None:
-                gradient.mul_(valid[:, :, rows])
+                gradient.mul_(as_numbers(valid[:, :, rows], block.dtype))
             if by_component is not None and component_class is not None:
                 gradient.scatter_add_(1, component_class[:, :, rows], by_component[:, :, rows])
             total = (gradient * block).sum(1, keepdim=True)

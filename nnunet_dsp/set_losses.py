@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnunet_dsp.blocks import row_blocks
+from nnunet_dsp.blocks import as_numbers, row_blocks, scores_within
 from nnunet_dsp.pseudo_labels import BoxCover
 
 _LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
@@ -61,16 +61,17 @@ class _SetReductions(torch.autograd.Function):
         labelled = counted if in_box is None else torch.empty_like(where)
         marginal, pseudo, number = logits.new_zeros(()), logits.new_zeros(()), logits.new_zeros(())
         smallest = torch.finfo(logits.dtype).tiny * 2**20
+        lowest = torch.finfo(logits.dtype).min / 2
         for rows in row_blocks(logits):
             scores, possible = logits[:, :, rows], allowed[:, :, rows]
             top = scores.amax(1, keepdim=True)
             mass = (scores - top).exp_()
             log_whole = top + mass.sum(1, keepdim=True).log_()
-            inner = mass.mul_(possible).sum(1, keepdim=True)
-            best, index = torch.where(possible, scores, -torch.inf).max(1, keepdim=True)
+            inner = mass.mul_(as_numbers(possible, scores.dtype)).sum(1, keepdim=True)
+            best, index = scores_within(scores, possible).max(1, keepdim=True)
             # Too small for the type: the largest alone is the mass, up to a factor of the number of classes.
             log_within = torch.where(inner > smallest, top + inner.log(), best)
-            here = where[:, :, rows] & (best > -torch.inf)  # an empty set says nothing
+            here = where[:, :, rows] & (best > lowest)  # an empty set says nothing
             marginal += torch.where(here, log_whole - log_within, 0.0).sum()
             whole[:, :, rows], within[:, :, rows], label[:, :, rows] = log_whole, log_within, index
             counted[:, :, rows] = here
@@ -99,9 +100,10 @@ class _SetReductions(torch.autograd.Function):
                 of_label[: ctx.first] = 0
             both = by_marginal + of_label
             gradient = (logits[:, :, rows] - log_whole).exp_()
-            gradient *= torch.where(allowed[:, :, rows], both - by_marginal * missing.exp_(), both)
+            less = as_numbers(allowed[:, :, rows], gradient.dtype).mul_(missing.exp_().mul_(by_marginal))
+            gradient.mul_(less.neg_().add_(both))
             gradient.scatter_add_(1, label[:, :, rows].long(), (-of_label).expand_as(log_whole))
-            torch.mul(gradient, counted[:, :, rows], out=result[:, :, rows])
+            torch.mul(gradient, as_numbers(counted[:, :, rows], gradient.dtype), out=result[:, :, rows])
         return result, None, None, None, None, None
 
 
