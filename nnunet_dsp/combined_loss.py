@@ -52,12 +52,16 @@ class CombinedLoss(nn.Module):
         self.settings = settings
         self.ignore_label = ignore_label
         self.knowledge: BatchKnowledge | None = None
-        self.use_pseudo_labels = False
+        self.warmed_up = False
         self.dsp_weight = settings.dsp_weight
         self.terms: Tensor | None = None
 
     def set_progress(self, progress: float) -> None:
-        """Start pseudo-labels after their warm-up, and lower the DSP losses' weight where `dsp_schedule` says so.
+        """End the warm-up of what pseudo-labels need, and lower the DSP losses' weight where `dsp_schedule` says so.
+
+        In the warm-up the masks teach. The marginal loss waits with the pseudo-labels: complete boxes make nearly all
+        of a weak image background and say nothing of their inside, and a network that is taught so from the start
+        finds no object for long. Batches without any masked item have it from the start; nothing else would teach.
 
         The evidence of a tag, a point or a box is that a class is there, never that it is not, so the DSP losses raise
         the share of annotated classes. Where that makes them too large, "linear" leaves the end of the training to
@@ -66,7 +70,7 @@ class CombinedLoss(nn.Module):
         Args:
             progress: the share of the training that is done, in [0, 1].
         """
-        self.use_pseudo_labels = progress >= self.settings.pseudo_label_warmup
+        self.warmed_up = progress >= self.settings.pseudo_label_warmup
         if self.settings.dsp_schedule == "linear":
             self.dsp_weight = PolynomialDecay(self.settings.dsp_weight, power=1)(progress)
 
@@ -87,7 +91,8 @@ class CombinedLoss(nn.Module):
         logits = output[0] if isinstance(output, (list, tuple)) else output
         classes = (target[0] if isinstance(target, (list, tuple)) else target)[:, 0]
         num_weak = logits.shape[0] - num_masked
-        use_pseudo_labels = self.use_pseudo_labels and settings.pseudo_label_weight > 0
+        use_pseudo_labels = self.warmed_up and settings.pseudo_label_weight > 0
+        use_marginal = settings.marginal_weight > 0 and (self.warmed_up or num_masked == 0)
         as_masks = use_pseudo_labels and settings.pseudo_label_loss == "nnunet" and self.ignore_label is not None
         of_sets: SetLosses | None = None
         mask_loss = self._loss_on_masks(output, target, num_masked)
@@ -111,13 +116,14 @@ class CombinedLoss(nn.Module):
                 unmasked = classes == self.ignore_label
                 if annotations.outside.numel() > 0:
                     unmasked = unmasked & ~annotations.outside
-                if settings.marginal_weight > 0 or use_pseudo_labels:
+                if use_marginal or use_pseudo_labels:
                     boxes = None
                     doubted = use_pseudo_labels and settings.pseudo_labels_in_boxes == "boxed"
                     if doubted and annotations.box_voxels.shape[0] > 0:
                         boxes = box_cover(annotations, logits.shape[1], logits.shape[2:])
-                    of_sets = set_losses(logits, allowed, unmasked, boxes, num_weak if as_masks else 0)
-                    marginal = of_sets.marginal if settings.marginal_weight > 0 else zero
+                    first = num_weak if as_masks else 0
+                    of_sets = set_losses(logits, allowed, unmasked, boxes, first, apart=use_pseudo_labels)
+                    marginal = of_sets.marginal if use_marginal else zero
                     pseudo = of_sets.pseudo_label if use_pseudo_labels else zero
         if as_masks and of_sets is not None:
             pseudo = pseudo + self._loss_on_pseudo_labels(output, target, of_sets, num_weak)

@@ -39,9 +39,10 @@ class _SetReductions(torch.autograd.Function):
     the log of the whole mass, of the allowed classes' mass, and the likeliest allowed class.
 
     forward(logits (B, C, R, W), allowed (B, C, R, W) bool, where (B, 1, R, W) bool, in_box (B, 1, R, W) bool or None,
-    boxed (B, C) bool or None, first) returns the sum over `where` of lse - lse_allowed; the sum of lse - (largest
-    allowed logit) over those of them, from item `first` on, whose pseudo-label counts; the number of these; the
-    pseudo-labels and where they count, both (B, 1, R, W). lse is the logarithm of the sum of the exponentials.
+    boxed (B, C) bool or None, first, apart) returns the sum over `where` of lse - lse_allowed, with `apart` without the
+    voxels whose pseudo-label counts; the sum of lse - (largest allowed logit) over the latter from item `first` on; the
+    number of these; the pseudo-labels and where they count, both (B, 1, R, W). lse is the logarithm of the sum of the
+    exponentials.
     """
 
     @staticmethod
@@ -53,6 +54,7 @@ class _SetReductions(torch.autograd.Function):
         in_box: Tensor | None,
         boxed: Tensor | None,
         first: int,
+        apart: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         whole = torch.empty_like(logits[:, :1])
         within = torch.empty_like(whole)
@@ -71,18 +73,19 @@ class _SetReductions(torch.autograd.Function):
             best, index = scores_within(scores, possible).max(1, keepdim=True)
             # Too small for the type: the largest alone is the mass, up to a factor of the number of classes.
             log_within = torch.where(inner > smallest, top + inner.log(), best)
-            here = where[:, :, rows] & (best > lowest)  # an empty set says nothing
-            marginal += torch.where(here, log_whole - log_within, 0.0).sum()
+            asked = here = where[:, :, rows] & (best > lowest)  # an empty set says nothing
             whole[:, :, rows], within[:, :, rows], label[:, :, rows] = log_whole, log_within, index
             counted[:, :, rows] = here
             if in_box is not None and boxed is not None:
                 of_a_box = boxed.gather(1, index.flatten(1)).view_as(index)
-                here = here & (of_a_box | ~in_box[:, :, rows])
+                here = asked & (of_a_box | ~in_box[:, :, rows])
                 labelled[:, :, rows] = here
+            open_ones = asked & ~here if apart else asked
+            marginal += torch.where(open_ones, log_whole - log_within, 0.0).sum()
             pseudo += torch.where(here, log_whole - best, 0.0)[first:].sum()
             number += here[first:].sum()
         ctx.mark_non_differentiable(number, label, labelled)
-        ctx.apart, ctx.first = in_box is not None, first
+        ctx.in_boxes, ctx.first, ctx.apart = in_box is not None, first, apart
         ctx.save_for_backward(logits, allowed, counted, labelled, whole, within, label)
         return marginal, pseudo, number, label, labelled
 
@@ -94,21 +97,29 @@ class _SetReductions(torch.autograd.Function):
             log_whole = whole[:, :, rows]
             # d marginal = p - p [allowed] / mass of the allowed; d pseudo = p - [is the label]
             missing = (log_whole - within[:, :, rows]).clamp_max_(_LARGEST_EXPONENT[logits.dtype])
-            of_label = by_pseudo
-            if ctx.apart or ctx.first:
+            of_set, of_label = by_marginal, by_pseudo
+            if ctx.in_boxes or ctx.first:
                 of_label = by_pseudo * labelled[:, :, rows]
                 of_label[: ctx.first] = 0
-            both = by_marginal + of_label
+            if ctx.apart:
+                of_set = by_marginal * ~labelled[:, :, rows]
+            both = of_set + of_label
             gradient = (logits[:, :, rows] - log_whole).exp_()
-            less = as_numbers(allowed[:, :, rows], gradient.dtype).mul_(missing.exp_().mul_(by_marginal))
+            less = as_numbers(allowed[:, :, rows], gradient.dtype).mul_(missing.exp_().mul_(of_set))
             gradient.mul_(less.neg_().add_(both))
             gradient.scatter_add_(1, label[:, :, rows].long(), (-of_label).expand_as(log_whole))
             torch.mul(gradient, as_numbers(counted[:, :, rows], gradient.dtype), out=result[:, :, rows])
-        return result, None, None, None, None, None
+        return result, None, None, None, None, None, None
 
 
 def set_losses(
-    logits: Tensor, allowed: Tensor, where: Tensor, boxes: BoxCover | None = None, first: int = 0
+    logits: Tensor,
+    allowed: Tensor,
+    where: Tensor,
+    boxes: BoxCover | None = None,
+    first: int = 0,
+    *,
+    apart: bool = False,
 ) -> SetLosses:
     """Marginal cross entropy and the cross entropy against the pseudo-label, for the price of about one of them.
 
@@ -128,6 +139,8 @@ def set_losses(
         where: (B, *S) bool.
         boxes: box_cover() of the batch's annotations; None: every pseudo-label counts.
         first: the pseudo-label loss leaves out the items before this one.
+        apart: the marginal loss leaves out the voxels whose pseudo-label counts (they stay in its mean, as 0). That
+            label says the same and more; both together would say twice that it is background outside complete boxes.
 
     Returns:
         SetLosses, float32 (float64 for float64), each at least 0 up to rounding. Where the allowed classes' mass is
@@ -144,6 +157,7 @@ def set_losses(
             None if boxes is None else boxes.voxels.reshape(flat),
             None if boxes is None else boxes.classes,
             first,
+            apart,
         )
         number = where.sum().clamp_min(1)
         return SetLosses(

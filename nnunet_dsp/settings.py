@@ -30,9 +30,11 @@ class DSPSettings:
             "cross_entropy": that alone, everywhere.
         pseudo_labels_in_boxes: "boxed": inside a box a pseudo-label counts only if it is of a class that has boxes
             there; "all": every pseudo-label counts.
-        pseudo_label_warmup: share of the training, in [0, 1], before pseudo-labels are used.
-        marginal_weight: weight of the marginal cross entropy: where there is no mask, the classes that tags, complete
-            boxes, points and partial masks rule out share no probability. 0 switches it off.
+        pseudo_label_warmup: share of the training, in [0, 1], before pseudo-labels and the marginal cross entropy are
+            used; batches without any masked item have the latter from the start.
+        marginal_weight: weight of the marginal cross entropy: where there is neither a mask nor a pseudo-label that
+            counts, the classes that tags, complete boxes, points and partial masks rule out share no probability.
+            0 switches it off.
         masked_fraction: share of a batch drawn from masked cases, in [0, 1], where there are weak ones too.
         prototypes_from_prompt: the prototypes start as what the labelled voxels of a prompt look like to the network,
             instead of in random directions. Worth it with -pretrained_weights. Which prompt: as for

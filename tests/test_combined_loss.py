@@ -81,7 +81,7 @@ def test_pseudo_labels_act_on_unmasked_voxels_that_show_the_image_and_nowhere_el
     loss = CombinedLoss(nn.Identity(), settings, IGNORE)
     loss.mask_loss.forward = lambda output, target: output.sum() * 0
     loss.knowledge = BatchKnowledge(known(outside=outside), 2)
-    loss.use_pseudo_labels = True
+    loss.warmed_up = True
     total = loss(logits, target)
     (gradient,) = torch.autograd.grad(total, logits)
     touched = gradient.abs().sum(dim=1) > 0
@@ -89,7 +89,7 @@ def test_pseudo_labels_act_on_unmasked_voxels_that_show_the_image_and_nowhere_el
     assert not touched[0, :4].any()
     assert touched[0, 4:].all()
     assert touched[1].all()
-    loss.use_pseudo_labels = False
+    loss.warmed_up = False
     assert loss(logits, target) == 0
 
 
@@ -103,12 +103,69 @@ def test_a_partial_mask_pushes_the_listed_classes_out_of_its_background():
     loss = CombinedLoss(nn.Identity(), DSPSettings(dsp_weight=0.0, pseudo_label_weight=0.0), IGNORE)
     loss.mask_loss.forward = lambda output, target: output.sum() * 0
     loss.knowledge = BatchKnowledge(known(partial=partial, listed=listed), 1)
+    loss.warmed_up = True
     (gradient,) = torch.autograd.grad(loss(logits, target), logits)
     inside = gradient[3][:, partial[3]]
     assert (inside[1] > 0).all(), "class 1 is listed: where it was not drawn, it is not"
     assert (inside[0] < 0).all()
     assert (inside[2] < 0).all(), "class 2 was not looked for, so it may be there"
     assert (gradient[:3] == 0).all()
+
+
+def boxed(items):
+    """A complete loose box of class 2 in each of these items, on a corner of 4 x 4 voxels; class 1 has none."""
+    voxels = (torch.arange(4)[:, None] * 8 + torch.arange(4)).flatten()
+    complete = torch.zeros(4, 3, dtype=torch.bool)
+    complete[items, 1:] = True
+    return known(
+        box_item=torch.tensor(items),
+        box_class=torch.full((len(items),), 2),
+        box_tight=torch.zeros(len(items), dtype=torch.bool),
+        box_voxels=torch.cat([item * 64 + voxels for item in items]),
+        box_of_voxel=torch.arange(len(items)).repeat_interleave(16),
+        box_line=torch.full((16 * len(items), 2), -1),
+        complete_boxes=complete,
+    )
+
+
+@pytest.mark.parametrize("pseudo_label_weight", [0.0, 1.0])
+def test_in_the_warm_up_the_marginal_loss_is_left_to_batches_without_masks(pseudo_label_weight):
+    settings = DSPSettings(dsp_weight=0.0, pseudo_label_weight=pseudo_label_weight, pseudo_label_warmup=0.5)
+    for masked, progress, acts in ((2, 0.4, False), (0, 0.4, True), (2, 0.5, True)):
+        logits, target, _ = batch(masked=masked)
+        loss = CombinedLoss(Recorder(), settings, IGNORE)
+        loss.knowledge = BatchKnowledge(boxed([0, 1]), masked)
+        loss.set_progress(progress)
+        loss(logits, target)
+        assert (loss.terms[TERMS.index("marginal")] > 0) == acts
+
+
+@pytest.mark.parametrize("pseudo_label_loss", ["nnunet", "cross_entropy"])
+def test_the_marginal_loss_leaves_out_what_pseudo_labels_say(pseudo_label_loss):
+    logits, target, _ = batch(masked=2)
+    logits = logits.detach()
+    logits[:, 1] += 3  # so that the marginal loss has something to say
+    logits.requires_grad_()
+    inside = torch.zeros(4, 8, 8, dtype=torch.bool)
+    inside[0, :4, :4] = inside[1, :4, :4] = True
+    p = logits.softmax(1)
+    every = {}
+    for weight in (1.0, 0.0):
+        settings = DSPSettings(
+            dsp_weight=0.0, pseudo_label_weight=weight, pseudo_label_loss=pseudo_label_loss, pseudo_label_warmup=0.0
+        )
+        loss = CombinedLoss(Recorder(), settings, IGNORE)
+        loss.knowledge = BatchKnowledge(boxed([0, 1]), 2)
+        loss.set_progress(0.0)
+        loss(logits, target)
+        every[weight] = loss.terms[TERMS.index("marginal")]
+    # Inside the boxes class 1 is ruled out; a pseudo-label counts if it is 2. Outside, everything but background is.
+    of_each = torch.where(inside, -(p[:, 0] + p[:, 2]).log(), -p[:, 0].log())[:2]
+    counted = ~inside[:2] | (p[:2, 2] > p[:2, 0])
+    assert counted[inside[:2]].any()
+    assert not counted.all()
+    torch.testing.assert_close(every[0.0], of_each.mean())
+    torch.testing.assert_close(every[1.0], (of_each * ~counted).mean())
 
 
 def test_a_weight_of_zero_switches_a_term_off_and_leaves_the_others():
@@ -134,7 +191,7 @@ def test_half_precision_outputs_give_finite_losses_and_gradients():
     half = (logits.detach() * 20000).clamp(-60000, 60000).half().requires_grad_()
     loss = CombinedLoss(Recorder(), DSPSettings(), IGNORE)
     loss.mask_loss.forward = lambda output, target: output.float().mean() * 0
-    loss.use_pseudo_labels = True
+    loss.warmed_up = True
     loss.knowledge = BatchKnowledge(known(), 2, components, 4)
     total = loss(half, target)
     total.backward()
@@ -170,7 +227,7 @@ def test_items_without_mask_learn_from_their_pseudo_labels_by_nnunets_own_loss_o
     }
     loss = CombinedLoss(Targets(), DSPSettings(dsp_weight=0.0, marginal_weight=0.0, pseudo_label_weight=3.0), IGNORE)
     loss.knowledge = BatchKnowledge(known(outside=outside, **boxes), 1)
-    loss.use_pseudo_labels = True
+    loss.warmed_up = True
     total = loss([logits, logits[..., ::2, ::2]], [target, target[..., ::2, ::2]])
     (masked, _), (full, half) = loss.mask_loss.targets
     assert masked.shape[0] == 1
@@ -192,7 +249,7 @@ def test_every_pseudo_label_counts_where_the_settings_say_so():
     for in_boxes, taught in (("all", 64), ("boxed", int((logits.argmax(1) == 2).sum()))):
         loss = CombinedLoss(Targets(), DSPSettings(dsp_weight=0.0, pseudo_labels_in_boxes=in_boxes), IGNORE)
         loss.knowledge = BatchKnowledge(known(1, **boxes, **voxels, box_line=torch.full((64, 2), -1)), 0)
-        loss.use_pseudo_labels = True
+        loss.warmed_up = True
         loss(logits, target)
         assert int((loss.mask_loss.targets[-1] != IGNORE).sum()) == taught
 
@@ -203,7 +260,7 @@ def test_voxels_that_a_mask_leaves_open_learn_by_cross_entropy():
     loss = CombinedLoss(Recorder(), DSPSettings(dsp_weight=0.0, marginal_weight=0.0), IGNORE)
     loss.mask_loss.forward = lambda output, target: output.sum() * 0
     loss.knowledge = BatchKnowledge(known(2), 1)
-    loss.use_pseudo_labels = True
+    loss.warmed_up = True
     total = loss(logits, target)
     expected = nn.functional.cross_entropy(logits[1:, :, :4], logits[1:, :, :4].argmax(1))
     torch.testing.assert_close(total, expected)
@@ -216,7 +273,7 @@ def test_a_batch_without_weak_items_keeps_ddp_in_step_without_teaching(monkeypat
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda value=distributed: value)
         loss = CombinedLoss(Targets(), DSPSettings(dsp_weight=0.0), IGNORE)
         loss.knowledge = BatchKnowledge(known(2), 2)
-        loss.use_pseudo_labels = True
+        loss.warmed_up = True
         loss(logits, target)
         assert len(loss.mask_loss.targets) == calls
         assert not distributed or (loss.mask_loss.targets[1] == IGNORE).all()

@@ -113,6 +113,29 @@ def test_the_pseudo_label_loss_leaves_the_first_items_out_and_the_marginal_does_
     assert not gradients[0][0].any()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("with_boxes", [False, True])
+@pytest.mark.parametrize("block", [2**20, 24], ids=["in one piece", "in blocks"])
+def test_apart_the_marginal_loss_leaves_out_the_voxels_whose_pseudo_label_counts(first, with_boxes, block, monkeypatch):
+    monkeypatch.setattr(blocks, "_BLOCK", block)
+    batch = oracle.random_batch(3, (5, 6), 4)
+    logits, allowed = to_logits(batch), allowed_of(batch)
+    where = torch.rand(2, 5, 6) < 0.8
+    boxes = box_cover(to_annotations(batch), 4, (5, 6)) if with_boxes else None
+    both = set_losses(logits, allowed, where, boxes, first)
+    apart = set_losses(logits, allowed, where, boxes, first, apart=True)
+    torch.testing.assert_close(apart.pseudo_label, both.pseudo_label)
+    assert torch.equal(apart.counts, both.counts)
+    rest = where & ~both.counts
+    assert bool(rest.any()) == with_boxes
+    expected = marginal_cross_entropy(logits, allowed, rest) * rest.sum() / where.sum()
+    torch.testing.assert_close(apart.marginal, expected)
+    (gradient,), (by_hand,) = (torch.autograd.grad(x, logits, retain_graph=True) for x in (apart.marginal, expected))
+    torch.testing.assert_close(gradient, by_hand)
+    ours, alone = (torch.autograd.grad(x, logits) for x in (apart.marginal + 3 * apart.pseudo_label, both.pseudo_label))
+    torch.testing.assert_close(ours[0], by_hand + 3 * alone[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_pseudo_label_loss_is_finite_for_extreme_logits_and_nowhere(dtype):
     logits = (torch.randn(1, 3, 2, 2) * 1e4).to(dtype).requires_grad_()
@@ -171,4 +194,4 @@ def test_the_losses_never_look_at_the_data_from_the_host():
     where = torch.rand(2, 4, 5) < 0.5
     boxes = box_cover(to_annotations(batch), 3, (4, 5))
     with NoLookAtData():
-        sum(set_losses(logits, allowed, where, boxes, 1)[:2]).backward()
+        sum(set_losses(logits, allowed, where, boxes, 1, apart=True)[:2]).backward()
