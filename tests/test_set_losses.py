@@ -118,7 +118,7 @@ def test_the_pseudo_label_loss_leaves_the_first_items_out_and_the_marginal_does_
 @pytest.mark.parametrize("block", [2**20, 24], ids=["in one piece", "in blocks"])
 def test_apart_the_marginal_loss_leaves_out_the_voxels_whose_pseudo_label_counts(first, with_boxes, block, monkeypatch):
     monkeypatch.setattr(blocks, "_BLOCK", block)
-    batch = oracle.random_batch(3, (5, 6), 4)
+    batch = oracle.random_batch(6, (5, 6), 4)  # 18 voxels in boxes whose pseudo-label does not count
     logits, allowed = to_logits(batch), allowed_of(batch)
     where = torch.rand(2, 5, 6) < 0.8
     boxes = box_cover(to_annotations(batch), 4, (5, 6)) if with_boxes else None

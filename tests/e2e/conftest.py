@@ -47,6 +47,7 @@ class Workspace:
         with tempfile.TemporaryFile("w+") as output:  # a file: the workers of a killed training would hold a pipe open
             process = subprocess.Popen(
                 words,
+                cwd=self.root,  # in the source tree's root, `python -c` would find that before the link to it
                 env={**self.environment, **environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
