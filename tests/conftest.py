@@ -17,5 +17,5 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """What a test draws from torch is the same each time; a test that fails once a hundred runs tells nobody anything."""
+    """What a test draws from torch is the same each time: one that fails in a hundred runs tells nobody anything."""
     torch.manual_seed(0)
