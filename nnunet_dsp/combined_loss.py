@@ -59,9 +59,10 @@ class CombinedLoss(nn.Module):
     def set_progress(self, progress: float) -> None:
         """End the warm-up of what pseudo-labels need, and lower the DSP losses' weight where `dsp_schedule` says so.
 
-        In the warm-up the masks teach. The marginal loss waits with the pseudo-labels: complete boxes make nearly all
-        of a weak image background and say nothing of their inside, and a network that is taught so from the start
-        finds no object for long. Batches without any masked item have it from the start; nothing else would teach.
+        In the warm-up the masks teach: DSPDataLoader deals no other cases, unless there are none with masks. The
+        marginal loss waits with the pseudo-labels: complete boxes make nearly all of a weak image background and say
+        nothing of their inside, and a network that is taught so from the start finds no object for long. Batches
+        without any masked item have it from the start; nothing else would teach.
 
         The evidence of a tag, a point or a box is that a class is there, never that it is not, so the DSP losses raise
         the share of annotated classes. Where that makes them too large, "linear" leaves the end of the training to

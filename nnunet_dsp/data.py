@@ -54,6 +54,7 @@ class DSPDataLoader(nnUNetDataLoader):
         weak_cases: the cases whose mask is the ignore label all over.
         masked_fraction: share of masked cases in a batch, in [0, 1]; where it gives no whole number, batches take
             turns at random so that the share holds on average.
+        masked_batches: the batches with numbers below it hold masked cases only, where there are any.
         num_classes: channels of the network, background included.
         ignore_label: the dataset's, or None.
         with_components: whether to label the masks' connected components.
@@ -76,6 +77,7 @@ class DSPDataLoader(nnUNetDataLoader):
         masked_fraction: float,
         num_classes: int,
         ignore_label: int | None,
+        masked_batches: int = 0,
         with_components: bool = False,
         seed: int | None = None,
         first_batch: int = 0,
@@ -97,6 +99,7 @@ class DSPDataLoader(nnUNetDataLoader):
         self._weak = [case for case in self.indices if case in weak]
         self._masked = [case for case in self.indices if case not in weak]
         self._masked_fraction = masked_fraction
+        self._masked_batches = masked_batches
         self._num_classes = num_classes
         self._ignore_label = ignore_label
         self._ignored_value = -1 if ignore_label is None else ignore_label
@@ -129,7 +132,7 @@ class DSPDataLoader(nnUNetDataLoader):
         return drawn
 
     def _draw_num_masked(self) -> int:
-        if not self._weak:
+        if not self._weak or (self._masked and self._batch_number() < self._masked_batches):
             return int(self.batch_size)
         if not self._masked:
             return 0
@@ -244,11 +247,15 @@ class DSPDataLoader(nnUNetDataLoader):
             count += highest
         return joined, count
 
+    def _batch_number(self) -> int:
+        """Of the batch that is being made, counted over all workers and from the beginning of the training."""
+        return self._first_batch + self._generated * self._num_workers + int(self.thread_id)
+
     def _seed_batch(self) -> None:
         if self._batch_seed is None:
             return
-        number = self._first_batch + self._generated * self._num_workers + int(self.thread_id)
-        state = np.random.SeedSequence([self._batch_seed, self._stream, number]).generate_state(3)
+        entropy = [self._batch_seed, self._stream, self._batch_number()]
+        state = np.random.SeedSequence(entropy).generate_state(3)
         np.random.seed(int(state[0]))
         torch.manual_seed(int(state[1]))
         random.seed(int(state[2]))

@@ -30,12 +30,14 @@ class DSPSettings:
             "cross_entropy": that alone, everywhere.
         pseudo_labels_in_boxes: "boxed": inside a box a pseudo-label counts only if it is of a class that has boxes
             there; "all": every pseudo-label counts.
-        pseudo_label_warmup: share of the training, in [0, 1], before pseudo-labels and the marginal cross entropy are
-            used; batches without any masked item have the latter from the start.
+        pseudo_label_warmup: share of the training, in [0, 1], whose batches hold masked cases only, if there are any;
+            pseudo-labels and the marginal cross entropy are used after it. Without any masked case, the marginal cross
+            entropy is used from the start.
         marginal_weight: weight of the marginal cross entropy: where there is neither a mask nor a pseudo-label that
             counts, the classes that tags, complete boxes, points and partial masks rule out share no probability.
             0 switches it off.
-        masked_fraction: share of a batch drawn from masked cases, in [0, 1], where there are weak ones too.
+        masked_fraction: share of a batch drawn from masked cases after the warm-up, in [0, 1], where there are weak
+            ones too.
         prototypes_from_prompt: the prototypes start as what the labelled voxels of a prompt look like to the network,
             instead of in random directions. Worth it with -pretrained_weights. Which prompt: as for
             nnUNetTrainerPrompt ("prompt" in dataset.json, "nnunet_dsp_prompt" in the plans).
@@ -56,7 +58,7 @@ class DSPSettings:
     pseudo_label_weight: float = 1.0
     pseudo_label_loss: str = "nnunet"
     pseudo_labels_in_boxes: str = "boxed"
-    pseudo_label_warmup: float = 0.1
+    pseudo_label_warmup: float = 0.25
     marginal_weight: float = 1.0
     masked_fraction: float = 0.5
     prototypes_from_prompt: bool = False

@@ -107,6 +107,22 @@ def test_batches_hold_the_stated_share_of_masked_cases(dataset, fraction, batch_
     assert masked / (200 * batch_size) == pytest.approx(fraction, abs=0.05)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_weak_cases_wait_for_the_warm_ups_last_batch_whoever_draws_it(dataset, workers):
+    for worker in range(workers):
+        for first in (0, 3):
+            drawn = loader(dataset, masked_batches=7, num_workers=workers, first_batch=first)
+            drawn.set_thread_id(worker)
+            found = [next(drawn)["num_masked"] for _ in range(8)]
+            numbers = range(first + worker, first + worker + 8 * workers, workers)
+            assert found == [4 if number < 7 else 2 for number in numbers]
+
+
+def test_without_masked_cases_there_is_no_warm_up_of_batches(dataset):
+    dataset.identifiers = WEAK
+    assert next(loader(dataset, masked_batches=7))["num_masked"] == 0
+
+
 def test_a_dataset_without_weak_cases_loads_exactly_as_in_nnunet(dataset):
     everything = {"weak_cases": [], "batch_size": 3}
     dataset.identifiers = ["masked_a", "masked_b"]

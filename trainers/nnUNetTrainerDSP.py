@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any, ClassVar
@@ -239,9 +240,11 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
             f"{len(weak) - len(annotations) + both} unlabelled."
         )
         if weak and len(weak) < len(dataset.identifiers):
-            share = self.settings.masked_fraction
+            share, warmup = self.settings.masked_fraction, self.settings.pseudo_label_warmup
+            after = f" after the first {warmup:.0%} of the training, which sees masked cases only" if warmup > 0 else ""
             self.print_to_log_file(
-                f"Each batch of {self.batch_size} holds on average {self.batch_size * share:g} patches of masked cases."
+                f"Each batch of {self.batch_size} holds on average {self.batch_size * share:g} patches of masked cases"
+                f"{after}."
             )
         if weak and fingerprint_is_contaminated(self.plans_manager.plans, base):
             self.print_to_log_file(
@@ -283,6 +286,7 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
             annotations=self._read_annotations(dataset_tr),
             with_components=settings.dsp_weight > 0 and settings.mask_weight > 0,
             first_batch=self.current_epoch * self.num_iterations_per_epoch,
+            masked_batches=self._masked_batches(),
             num_workers=num_workers,
             stream=2 * self.local_rank,
         )
@@ -302,6 +306,11 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
         for generator in batches:  # as nnU-Net does: a loader that cannot load fails here
             next(generator)
         return batches
+
+    def _masked_batches(self) -> int:
+        """How many batches the warm-up takes, the one included that get_dataloaders() draws to see that it can."""
+        steps = self.settings.pseudo_label_warmup * self.num_epochs * self.num_iterations_per_epoch
+        return math.ceil(steps) + 1 if steps > 0 else 0
 
     def _loader(self, dataset: Any, patch_size: Any, transforms: Any, **kwargs: Any) -> DSPDataLoader:
         return DSPDataLoader(

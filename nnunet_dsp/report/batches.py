@@ -214,6 +214,8 @@ def _make_trainer(base: Path, plans: dict[str, Any], options: BatchOptions) -> A
         torch.device("cpu"),
     )
     trainer._set_batch_size_and_oversample()  # what initialize() does before the network, which is not needed here
+    if isinstance(trainer, trainers.nnUNetTrainerDSP):  # the batches of the warm-up hold masked cases only
+        trainer.current_epoch = math.ceil(trainer.settings.pseudo_label_warmup * trainer.num_epochs)
     if trainer.is_cascaded:
         raise NotImplementedError(
             f"{options.configuration} is the second stage of a cascade, which --batches cannot draw."

@@ -35,9 +35,11 @@ def draw(dataset, batches=2, trainer="nnUNetTrainerDSP", fold=0):
 
 
 def own_batches(dataset, number):
-    """The first batches that training itself gets with the same seed."""
+    """The batches that training itself gets with the same seed once the warm-up, a quarter of it, is over."""
     trainer = dataset.trainer(nnUNetTrainerDSP, settings={"seed": SEED})
     trainer._set_batch_size_and_oversample()
+    trainer.num_iterations_per_epoch = 250
+    trainer.current_epoch = trainer.num_epochs // 4
     loader, _ = trainer.get_dataloaders()
     return [next(loader) for _ in range(number)]
 

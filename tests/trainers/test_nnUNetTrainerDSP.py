@@ -51,6 +51,17 @@ def test_an_epoch_trains_every_term_and_logs_each(tiny):
     assert "4 cases with masks" in log or "3 cases with masks" in log
 
 
+@pytest.mark.parametrize(("warmup", "start", "masked_only"), [(0.25, 0, 3), (0.25, 1, 0), (0.5, 1, 3), (0.1, 0, 2)])
+def test_batches_of_the_warm_up_hold_masked_cases_only(tiny, warmup, start, masked_only):
+    settings = {"pseudo_label_warmup": warmup, "masked_fraction": 0.0, "seed": 2}
+    trainer = tiny.trainer(nnUNetTrainerDSP, settings=settings, iterations=3)
+    trainer.num_epochs = 4
+    trainer.current_epoch = start
+    trainer.on_train_start()
+    found = [next(trainer.dataloader_train)["num_masked"] for _ in range(5)]
+    assert found == [trainer.batch_size] * masked_only + [0] * (5 - masked_only)
+
+
 def test_the_progress_picture_shows_the_terms_below_nnunets_panels(tiny):
     from PIL import Image
 
