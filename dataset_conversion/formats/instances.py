@@ -137,7 +137,7 @@ class Found(NamedTuple):
     """What a piece holds: the cases it makes (several where it is tiled) and what must be the same for all of them."""
 
     cases: list[str]
-    most_instances: int
+    instances: list[int]
     more_than_ids: int
     dim: int
     channels: int
@@ -281,7 +281,7 @@ def _look(piece: Piece) -> Found:
     cases = _tiled(piece, ids)
     return Found(
         [name for name, _, _ in cases],
-        max(int(part.max(initial=0)) for _, _, part in cases),
+        [int(part.max(initial=0)) for _, _, part in cases],
         0 if piece.options.components else max(0, int(ids.max(initial=0)) - num_values),
         ids.ndim,
         image.shape[0],
@@ -408,8 +408,8 @@ def run(args: argparse.Namespace) -> int:
     if {f.channels for f in everything} - {1, channels}:
         counts = sorted({f.channels for f in everything})
         raise ValueError(f"Expected the same number of channels in all images, but got {counts}.")
-    most = max(f.most_instances for f in everything)
-    if not any(f.most_instances for f in found["Tr"]):
+    most = max(n for f in everything for n in f.instances)
+    if not any(n for f in found["Tr"] for n in f.instances):
         left_out = [f for f, given in (("--values", args.values), ("--min-size", args.min_size > 1)) if given]
         why = f"Did {' and '.join(left_out)} leave all of them out?" if left_out else "Is 0 the labels' only value?"
         raise ValueError(f"{args.source}: no training image shows an instance. {why}")
@@ -440,10 +440,10 @@ def run(args: argparse.Namespace) -> int:
         if any(len(group) > 1 for group in cases.values()) and len(cases) > 1:
             raw_dataset.write_json(folder / SPLITS_FILE, split_by_group(cases))  # tiles of one image stay together
         raw_dataset.write_record(folder, "nnunet_dsp convert instances", vars(args))
-    in_image = [f.most_instances for f in found["Tr"]]
+    in_image = [n for f in found["Tr"] for n in f.instances]
     print(
         f"{target}: {sum(map(len, cases.values()))} training cases, {sum(len(f.cases) for f in found.get('Ts', []))} "
-        f"test cases; {min(in_image)} to {max(in_image)} instances in an image."
+        f"test cases; {min(in_image)} to {max(in_image)} instances in a case."
     )
     split = sum(f.more_than_ids for f in everything)
     if split:

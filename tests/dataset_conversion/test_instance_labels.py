@@ -176,6 +176,14 @@ def test_tiles_count_their_own_instances_and_stay_in_one_fold(raw, tmp_path):
         assert not {c[:6] for c in fold["train"]} & {c[:6] for c in fold["val"]}
 
 
+def test_the_summary_counts_instances_by_case(raw, tmp_path, capsys):
+    assert convert(source(tmp_path / "in", number=1), "-d", 7, "--tile", 20, 25) == 0
+    folder = raw / "Dataset007_Instances"
+    counts = [read_case(folder, f"cell_0_y{y}_x{x}").max() for y in (0, 1) for x in (0, 1)]
+    assert min(counts) < max(counts)
+    assert f"{min(counts)} to {max(counts)} instances in a case" in capsys.readouterr().out
+
+
 def test_specks_are_neither_instances_nor_background(raw, tmp_path):
     assert convert(source(tmp_path / "in"), "-d", 7, "--min-size", 50) == 0
     folder = raw / "Dataset007_Instances"
