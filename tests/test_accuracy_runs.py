@@ -768,6 +768,16 @@ def test_the_report_follows_the_prices(benchmark):
     assert float(line["minutes"]) == pytest.approx(30)
 
 
+@pytest.mark.parametrize("words", [("--seeds", "0", "7"), ("--arms", "masks", "dsp"), ("--masks", "1")])
+def test_a_report_of_what_was_never_asked_for_is_refused(benchmark, words):
+    benchmark("--arms", "masks", "--seeds", "0", "1")
+    benchmark("--arms", "masks", "--seeds", "0", begin=False)
+    assert benchmark("--report-only", "--seeds", "0", "1", begin=False)[0] == 0, "asked for earlier"
+    status, out, err = benchmark("--report-only", *words, begin=False)
+    assert status == 1 and not out
+    assert f"is not {words[0]} {words[-1]}. Leave it out" in err
+
+
 def test_a_dataset_without_all_its_masks_is_refused_before_anything_is_made(benchmark):
     (benchmark.source / "labelsTr" / "toy_2.png").unlink()
     status, _, err = benchmark("--arms", "masks")

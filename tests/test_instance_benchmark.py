@@ -150,6 +150,8 @@ def test_finished_runs_are_not_trained_again_and_another_decoder_only_predicts_a
     assert len(benchmark.played.of("train")) == 1 and len(benchmark.played.predictions()) == 1
     benchmark.played.calls.clear()
     assert "PARTIAL: 0 of 3" in benchmark("--report-only", "--decoder", "components", begin=False)[1]
+    status, _, err = benchmark("--report-only", "--share", "0.3", begin=False)
+    assert status == 1 and "is not --share 0.3. Leave it out" in err
     assert benchmark("--decoder", "components", begin=False)[0] == 0
     assert not benchmark.played.of("train") and len(benchmark.played.predictions()) == 3
     assert all("components" in call for call in benchmark.played.predictions())

@@ -63,6 +63,9 @@ def run_benchmark(args: argparse.Namespace) -> int:
         processes=wanted.how["num_processes"] or default_num_processes(),
     )
     if args.report_only:
+        columns = {"arms": "arm", "settings": "setting", "masks": "masks", "seeds": "seed"}
+        rows = [Row(*row)._asdict() for row in read_plan(place)["rows"]]
+        refuse_unplanned(args, stored["selection"] if stored else {}, rows, columns)
         return _report(place, wanted)
     if not args.commands and (not args.plan or args.time):
         refuse_missing_gpu(place.device)
@@ -207,6 +210,33 @@ def check(wanted: Wanted, args: argparse.Namespace) -> None:
     for given, whats in ((args.run, "--run"), (args.report_only, "--report-only")):
         if given and (args.plan or args.commands):
             raise ValueError(f"{whats} goes with neither --plan nor --commands.")
+
+
+def refuse_unplanned(
+    args: argparse.Namespace,
+    selection: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str],
+) -> None:
+    """Refuse a report of what DIR was never asked to train.
+
+    Args:
+        args: the command line.
+        selection: what DIR was last asked for.
+        rows: all that it was asked for so far.
+        columns: what an option's values are called in a row.
+
+    Raises:
+        ValueError: an option names something that is in neither.
+    """
+    for name, column in columns.items():
+        known = [*selection.get(name, ()), *(row[column] for row in rows)]
+        new = [value for value in getattr(args, name) or () if value not in known]
+        if new:
+            raise ValueError(
+                f"--report-only reports what {args.output} was asked for, and that is not {flag_of(name)} "
+                f"{shown_value(new)}. Leave it out, or train it first, without --report-only."
+            )
 
 
 def refuse_missing_gpu(device: str) -> None:

@@ -18,6 +18,7 @@ from nnunet_dsp.benchmark.accuracy.benchmark import (
     flag_of,
     refuse_changed_defaults,
     refuse_missing_gpu,
+    refuse_unplanned,
     same_dataset,
     shown_value,
 )
@@ -60,6 +61,9 @@ def run_benchmark(args: argparse.Namespace) -> int:
         processes=wanted.how["num_processes"] or default_num_processes(),
     )
     if args.report_only:
+        asked = [Row(*row)._asdict() for row in raw_dataset.read_json(place.plan_file)["rows"]]
+        columns = {"arms": "arm", "share": "share", "seeds": "seed"}
+        refuse_unplanned(args, stored["selection"] if stored else {}, asked, columns)
         return _report(place, wanted)
     if not args.plan or args.time:
         refuse_missing_gpu(place.device)
