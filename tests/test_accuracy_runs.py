@@ -768,7 +768,9 @@ def test_the_report_follows_the_prices(benchmark):
     assert float(line["minutes"]) == pytest.approx(30)
 
 
-@pytest.mark.parametrize("words", [("--seeds", "0", "7"), ("--arms", "masks", "dsp"), ("--masks", "1")])
+@pytest.mark.parametrize(
+    "words", [("--seeds", "0", "7"), ("--arms", "masks", "dsp"), ("--masks", "1"), ("--weak", "rest", "1")]
+)
 def test_a_report_of_what_was_never_asked_for_is_refused(benchmark, words):
     benchmark("--arms", "masks", "--seeds", "0", "1")
     benchmark("--arms", "masks", "--seeds", "0", begin=False)

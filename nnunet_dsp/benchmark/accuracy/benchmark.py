@@ -63,7 +63,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
         processes=wanted.how["num_processes"] or default_num_processes(),
     )
     if args.report_only:
-        columns = {"arms": "arm", "settings": "setting", "masks": "masks", "seeds": "seed"}
+        columns = {"arms": "arm", "settings": "setting", "masks": "masks", "weak": "weak", "seeds": "seed"}
         rows = [Row(*row)._asdict() for row in read_plan(place)["rows"]]
         refuse_unplanned(args, stored["selection"] if stored else {}, rows, columns)
         return _report(place, wanted)
@@ -230,7 +230,7 @@ def refuse_unplanned(
         ValueError: an option names something that is in neither.
     """
     for name, column in columns.items():
-        known = [*selection.get(name, ()), *(row[column] for row in rows)]
+        known = ["rest", *selection.get(name, ()), *(row[column] for row in rows)]  # rows have the number for it
         new = [value for value in getattr(args, name) or () if value not in known]
         if new:
             raise ValueError(
