@@ -768,6 +768,23 @@ def test_the_report_follows_the_prices(benchmark):
     assert float(line["minutes"]) == pytest.approx(30)
 
 
+def test_the_report_names_every_call_that_its_rows_come_from(benchmark):
+    def commands():
+        text = (benchmark.folder / "report.md").read_text()
+        return [line.strip() for line in text.splitlines() if "benchmark accuracy -o" in line]
+
+    benchmark("--arms", "masks", "--seeds", "0")
+    benchmark("--arms", "masks", "--seeds", "1", begin=False)
+    first, second = commands()
+    assert "--arms masks --masks 2 --seeds 0 " in first and "--arms masks --masks 2 --seeds 1 " in second
+    benchmark("--arms", "masks", "full", "--seeds", "0", "1", begin=False)
+    (command,) = commands()
+    assert "--arms masks full --masks 2 --seeds 0 1 " in command, "it asks for what both asked for"
+    benchmark("--arms", "masks", "--seeds", "0", begin=False)
+    benchmark("--report-only", "--seeds", "1", begin=False)
+    assert commands() == [command], "nothing new was asked for"
+
+
 @pytest.mark.parametrize(
     "words", [("--seeds", "0", "7"), ("--arms", "masks", "dsp"), ("--masks", "1"), ("--weak", "rest", "1")]
 )

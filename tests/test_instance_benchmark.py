@@ -137,6 +137,14 @@ def test_a_share_keeps_whole_instances_the_same_for_every_arm_and_more_of_them_a
     assert benchmark.record(CRAC)["labelled"] == {"c0": [2, 4], "c1": [2, 4], "c2": [2, 4]}
 
 
+def test_the_report_names_every_call_that_its_rows_come_from(benchmark):
+    benchmark("--arms", "supervised")
+    benchmark("--arms", "crac", begin=False)
+    text = (benchmark.folder / "report.md").read_text()
+    first, second = (line for line in text.splitlines() if "benchmark instances -o" in line)
+    assert "--arms supervised --share 0.5 --seeds 0" in first and "--arms crac --share 0.5 --seeds 0" in second
+
+
 def test_background_stays_labelled_if_asked_for(benchmark):
     benchmark("--arms", "crac", "--keep-background")
     assert all((labels[:2] == 0).all() for labels in labels_of(benchmark.folder, "i0p5_s0").values())

@@ -27,11 +27,18 @@ from nnunet_dsp.benchmark.accuracy.arms import (
     parse_custom_arm,
     parse_setting,
 )
+from nnunet_dsp.benchmark.accuracy.command_lines import command_line, flag_of, shown_value, with_call
 from nnunet_dsp.benchmark.accuracy.cost import parse_prices
 from nnunet_dsp.benchmark.accuracy.datasets import FULL, Datasets
 from nnunet_dsp.benchmark.accuracy.pretraining import PretrainingFacts, look_at_pretraining
+from nnunet_dsp.benchmark.accuracy.refusals import (
+    check_numbers,
+    refuse_changed_defaults,
+    refuse_missing_gpu,
+    refuse_unplanned,
+)
 from nnunet_dsp.benchmark.accuracy.source import SourceFacts, evaluation_files, survey, verify_source
-from nnunet_dsp.benchmark.accuracy.training import Training, epochs_of, resolved_options
+from nnunet_dsp.benchmark.accuracy.training import Training, epochs_of
 from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, write_json
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.parallel import default_num_processes
@@ -40,11 +47,12 @@ from nnunet_dsp.dataset_conversion.raw_dataset import RawDataset
 
 @dataclass
 class Wanted:
-    """What a call asks for: what may not change in DIR, what is selected now, and how it is done."""
+    """What a call asks for: what may not change in DIR, what is selected, how it is done; what was selected before."""
 
     fixed: dict[str, Any]
     selection: dict[str, Any]
     how: dict[str, Any]
+    calls: list[Mapping[str, Any]]
 
 
 def run_benchmark(args: argparse.Namespace) -> int:
@@ -54,7 +62,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
     if stored is None and (args.run or args.report_only):
         raise FileNotFoundError(f"{folder} holds no benchmark (no benchmark.json). Is -o right?")
     wanted = merge(args, stored)
-    check(wanted, args)
+    check_numbers(wanted.fixed, wanted.selection, wanted.how, args)
     parse_prices(wanted.how["cost"])
     place = Workplace(
         folder,
@@ -156,101 +164,13 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
         names = {text.partition("=")[0] for text in args.arm}
         earlier = [text for text in stored["selection"]["arm"] if text.partition("=")[0] not in names]
         selection["arm"] = [*earlier, *args.arm]
-    return Wanted(fixed, selection, remembered(HOW))
+    calls = [] if stored is None else stored.get("calls", [stored["selection"]])
+    return Wanted(fixed, selection, remembered(HOW), calls)
 
 
 def same_dataset(given: str, name: str) -> bool:
     """Whether what a user gave as -d, a number or a name, means the dataset of this name."""
     return given == name or (given.isdigit() and f"Dataset{int(given):03d}_" == name[:11])
-
-
-def flag_of(name: str) -> str:
-    """The flag of a key of FIXED."""
-    return {"dataset": "-d", "configuration": "-c"}.get(name, "--" + name.replace("_", "-"))
-
-
-def shown_value(value: Any) -> str:
-    """A flag's value as it is typed."""
-    if value is None:
-        return "not given"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def check(wanted: Wanted, args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be meant."""
-    fixed, how = wanted.fixed, wanted.how
-    least = {"epochs": 1, "iterations_per_epoch": 1, "val_iterations": 1, "points_per_object": 1, "min_size": 1}
-    least |= {"pretrain_epochs": 1, "loosen": 0, "split_seed": 0, "point_radius": 0, "batch_size": 1, "tolerance": 0}
-    for name, lowest in least.items():
-        if fixed[name] is not None and fixed[name] < lowest:
-            raise ValueError(f"{flag_of(name)}: expected {lowest} or more, but got {fixed[name]}.")
-    if not 0 <= fixed["share"] <= 1:
-        raise ValueError(f"--share: expected a number from 0 to 1, but got {fixed['share']}.")
-    if not 0 < fixed["step_size"] <= 1:
-        raise ValueError(f"--step-size: expected a number above 0, at most 1, but got {fixed['step_size']}.")
-    if fixed["lr"] is not None and fixed["lr"] <= 0:
-        raise ValueError(f"--lr: expected a number above 0, but got {fixed['lr']}.")
-    for name in ("patch", "batch_size", "features"):
-        if fixed["plans"] != "small" and fixed[name] is not None:
-            raise ValueError(f"{flag_of(name)} goes with --plans small.")
-    for name in ("patch", "features", "rectangle"):
-        if fixed[name] is not None and min(fixed[name]) < 1:
-            raise ValueError(f"{flag_of(name)}: expected numbers of 1 or more, but got {shown_value(fixed[name])}.")
-    for name in ("threads", "num_processes"):
-        if how[name] is not None and how[name] < 1:
-            raise ValueError(f"{flag_of(name)}: expected 1 or more, but got {how[name]}.")
-    if args.jobs < 1:
-        raise ValueError(f"--jobs: expected 1 or more, but got {args.jobs}.")
-    if any(seed < 0 for seed in wanted.selection["seeds"]):
-        raise ValueError("--seeds: expected whole numbers of 0 or more.")
-    if fixed["pretrain_epochs"] is not None and fixed["pretrain"] is None:
-        raise ValueError("--pretrain-epochs goes with --pretrain.")
-    if args.time and not args.plan:
-        raise ValueError("--time goes with --plan.")
-    for given, whats in ((args.run, "--run"), (args.report_only, "--report-only")):
-        if given and (args.plan or args.commands):
-            raise ValueError(f"{whats} goes with neither --plan nor --commands.")
-
-
-def refuse_unplanned(
-    args: argparse.Namespace,
-    selection: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    columns: Mapping[str, str],
-) -> None:
-    """Refuse a report of what DIR was never asked to train.
-
-    Args:
-        args: the command line.
-        selection: what DIR was last asked for.
-        rows: all that it was asked for so far.
-        columns: what an option's values are called in a row.
-
-    Raises:
-        ValueError: an option names something that is in neither.
-    """
-    for name, column in columns.items():
-        known = ["rest", *selection.get(name, ()), *(row[column] for row in rows)]  # rows have the number for it
-        new = [value for value in getattr(args, name) or () if value not in known]
-        if new:
-            raise ValueError(
-                f"--report-only reports what {args.output} was asked for, and that is not {flag_of(name)} "
-                f"{shown_value(new)}. Leave it out, or train it first, without --report-only."
-            )
-
-
-def refuse_missing_gpu(device: str) -> None:
-    """
-    Raises:
-        ValueError: this machine has no such device; nnU-Net would say so after the data has been prepared.
-    """
-    if device == "cpu":
-        return
-    import torch
-
-    there = torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()
-    if not there:
-        raise ValueError(f"--device {device}: PyTorch finds no such device here. Train with --device cpu?")
 
 
 def selected(selection: Mapping[str, Any], facts: Facts) -> Grid:
@@ -327,34 +247,10 @@ def _set_up(place: Workplace, wanted: Wanted) -> tuple[SourceFacts, Grid]:
     if other is not None and not place.pretraining_file.is_file():
         write_json(place.pretraining_file, asdict(other))
     numbers = _extend_plan(place, grid)
-    config = {"format": FORMAT, "fixed": wanted.fixed, "selection": wanted.selection, "how": wanted.how}
-    write_json(place.config_file, config)
+    wanted.calls = with_call(wanted.calls, wanted.selection)
+    write_json(place.config_file, {"format": FORMAT, **asdict(wanted)})
     Datasets(place, facts, wanted.fixed, numbers).make_full(source, evaluation)
     return facts, grid
-
-
-def refuse_changed_defaults(place: Workplace, grid: Grid) -> None:
-    """
-    Raises:
-        ValueError: a finished run was trained with other defaults than nnunet_dsp has now.
-    """
-    changed = []
-    for run in grid.runs.values():
-        record = place.record(run.id)
-        if record is not None:
-            before, options = record["options"], resolved_options(run)
-            changed += [
-                f"{run.id}: {key} {before[key]} there, {options[key]} now"
-                for key in options
-                if key in before and before[key] != options[key]
-            ]
-    if changed:
-        raise ValueError(
-            "Finished runs were trained with other defaults of nnunet_dsp:\n"
-            + "\n".join(f"  {line}" for line in changed[:20])
-            + f"\nRemove their folders from {place.runs} to train them anew, choose a new folder with -o, or define an "
-            "arm with these values (--arm)."
-        )
 
 
 def read_plan(place: Workplace) -> dict[str, Any]:
@@ -537,24 +433,14 @@ def _report(place: Workplace, wanted: Wanted) -> int:
     order = {arm: number for number, arm in enumerate(wanted.selection["arms"])}
     rows = sorted((Row(*row) for row in read_plan(place)["rows"]), key=lambda row: order.get(row.arm, len(order)))
     prices = parse_prices(wanted.how["cost"])
-    print(write_report(place, facts, wanted.fixed, rows, prices, command_line(place, wanted)))
+    commands = [
+        command_line(
+            "accuracy", place.folder.name, ((wanted.fixed, FIXED), (selection, SELECTION), (wanted.how, HOW))
+        )
+        for selection in wanted.calls
+    ]
+    print(write_report(place, facts, wanted.fixed, rows, prices, commands))
     return 0
-
-
-def command_line(place: Workplace, wanted: Wanted) -> str:
-    """The command that makes what DIR holds, all that is not as by default spelt out."""
-    words = ["nnunet_dsp", "benchmark", "accuracy", "-o", place.folder.name]
-    for given, defaults in ((wanted.fixed, FIXED), (wanted.selection, SELECTION), (wanted.how, HOW)):
-        for name, value in given.items():
-            if value == defaults.get(name):
-                continue
-            if name == "arm":
-                words += [word for text in value for word in ("--arm", text)]
-            elif isinstance(value, bool):
-                words.append(flag_of(name) if value else f"--no-{name}")
-            else:
-                words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
 
 
 __all__: Sequence[str] = ("Wanted", "merge", "run_benchmark", "selected")

@@ -137,13 +137,13 @@ def write_report(
     fixed: Mapping[str, Any],
     rows: Sequence[Row],
     prices: Mapping[str, Price],
-    command: str,
+    commands: Sequence[str],
 ) -> str:
     """Write every file of the report into DIR; returns what to print.
 
     Args:
         rows: what was asked for, in the order in which the arms are to be shown.
-        command: what was typed.
+        commands: what was typed.
     """
     wanted = {row.run for row in rows}
     records = {run: record for run in sorted(wanted) if (record := place.record(run)) is not None}
@@ -154,7 +154,7 @@ def write_report(
     _write_csvs(folder, rows, records, tables, prices)
     curves = write_curves(folder, tables, prices)
     pictures = write_pictures(place, facts, tables)
-    text = markdown(facts, fixed, rows, records, tables, prices, curves, pictures, command, pretraining)
+    text = markdown(facts, fixed, rows, records, tables, prices, curves, pictures, commands, pretraining)
     write_text(folder / "report.md", text)
     short = "\n\n".join(
         f"{where}\n{plain_table(main_table(lines, prices))}" for where, lines in tables.items() if _any(lines)
@@ -239,7 +239,7 @@ def markdown(
     prices: Mapping[str, Price],
     curves: Sequence[str],
     pictures: Mapping[Place, str],
-    command: str,
+    commands: Sequence[str],
     pretraining: Records,
 ) -> str:
     """The report."""
@@ -248,7 +248,7 @@ def markdown(
     parts = [
         f"# Accuracy benchmark on {facts.name}",
         f"**{_status(rows, records)}**",
-        f"    {command}",
+        "\n".join(f"    {command}" for command in commands),
         f"{len(facts.training)} training cases, {len(facts.evaluation)} {on} ({facts.how}). Every arm trains "
         f"{schedule} of configuration {fixed['configuration']} with the same plans"
         + (" (selftrain and second networks: in each of two rounds)" if any(map(_in_two_rounds, rows)) else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,17 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dsp.benchmark.accuracy.arms import Grid
-from nnunet_dsp.benchmark.accuracy.benchmark import (
-    ending_children,
-    flag_of,
-    refuse_changed_defaults,
-    refuse_missing_gpu,
-    refuse_unplanned,
-    same_dataset,
-    shown_value,
-)
+from nnunet_dsp.benchmark.accuracy.benchmark import ending_children, same_dataset
+from nnunet_dsp.benchmark.accuracy.command_lines import command_line, flag_of, shown_value, with_call
 from nnunet_dsp.benchmark.accuracy.datasets import FULL
 from nnunet_dsp.benchmark.accuracy.estimate import estimate
+from nnunet_dsp.benchmark.accuracy.refusals import refuse_changed_defaults, refuse_missing_gpu, refuse_unplanned
 from nnunet_dsp.benchmark.accuracy.source import SourceFacts, evaluation_files, verify_source
 from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, write_json
 from nnunet_dsp.benchmark.instances import EVALUATION, FIXED, HOW, SELECTION
@@ -37,12 +30,13 @@ from nnunet_dsp.instances.decoders import EXTRA, available
 
 @dataclass
 class Wanted:
-    """What a call asks for; see FIXED, EVALUATION, SELECTION and HOW."""
+    """What a call asks for; see FIXED, EVALUATION, SELECTION and HOW. Calls: what was selected before."""
 
     fixed: dict[str, Any]
     evaluation: dict[str, Any]
     selection: dict[str, Any]
     how: dict[str, Any]
+    calls: list[Mapping[str, Any]]
 
 
 def run_benchmark(args: argparse.Namespace) -> int:
@@ -140,7 +134,8 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
         names = {text.partition("=")[0] for text in args.arm}
         earlier = [text for text in stored["selection"]["arm"] if text.partition("=")[0] not in names]
         selection["arm"] = [*earlier, *args.arm]
-    return Wanted(fixed, remembered("evaluation", EVALUATION), selection, remembered("how", HOW))
+    calls = [] if stored is None else stored.get("calls", [stored["selection"]])
+    return Wanted(fixed, remembered("evaluation", EVALUATION), selection, remembered("how", HOW), calls)
 
 
 def check(wanted: Wanted, args: argparse.Namespace) -> None:
@@ -194,6 +189,7 @@ def _set_up(place: Workplace, wanted: Wanted, grid: Grid, rows: Sequence[Row]) -
         write_json(place.source_file, asdict(facts))
     plan = _plan(place, grid, rows)
     write_json(place.plan_file, plan)
+    wanted.calls = with_call(wanted.calls, wanted.selection)
     write_json(place.config_file, {"format": FORMAT, "benchmark": "instances", **asdict(wanted)})
     training = _training(place, wanted, facts, grid, plan)
     training.datasets.make_full(source, evaluation)
@@ -281,25 +277,13 @@ def _report(place: Workplace, wanted: Wanted) -> int:
     order = {arm: number for number, arm in enumerate(wanted.selection["arms"])}
     rows = [Row(*row) for row in raw_dataset.read_json(place.plan_file)["rows"]]
     rows.sort(key=lambda row: (-row.share if row.share == 1 else row.share, order.get(row.arm, len(order))))
-    print(write_report(place, facts, wanted.fixed, wanted.evaluation, rows, command_line(place, wanted)))
+    fixed, evaluation, how = (wanted.fixed, FIXED), (wanted.evaluation, EVALUATION), (wanted.how, HOW)
+    commands = [
+        command_line("instances", place.folder.name, (fixed, evaluation, (selection, SELECTION), how))
+        for selection in wanted.calls
+    ]
+    print(write_report(place, facts, wanted.fixed, wanted.evaluation, rows, commands))
     return 0
-
-
-def command_line(place: Workplace, wanted: Wanted) -> str:
-    """The command that makes what DIR holds, all that is not as by default spelt out."""
-    words = ["nnunet_dsp", "benchmark", "instances", "-o", place.folder.name]
-    parts = ((wanted.fixed, FIXED), (wanted.evaluation, EVALUATION), (wanted.selection, SELECTION), (wanted.how, HOW))
-    for given, defaults in parts:
-        for name, value in given.items():
-            if value == defaults[name]:
-                continue
-            if name == "arm":
-                words += [word for text in value for word in ("--arm", text)]
-            elif isinstance(value, bool):
-                words.append(flag_of(name) if value else f"--no-{name.replace('_', '-')}")
-            else:
-                words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
 
 
 __all__ = ["Wanted", "merge", "run_benchmark"]

@@ -94,7 +94,7 @@ def write_report(
     fixed: Mapping[str, Any],
     evaluation: Mapping[str, Any],
     rows: Sequence[Row],
-    command: str,
+    commands: Sequence[str],
 ) -> str:
     """Write every file of the report into DIR; returns what to print. Runs evaluated otherwise count as missing."""
     found = {run: place.record(run) for run in sorted({row.run for row in rows})}
@@ -110,7 +110,7 @@ def write_report(
     parts = [
         f"# Instance benchmark on {facts.name}",
         f"**{status}**",
-        f"    {command}",
+        "\n".join(f"    {command}" for command in commands),
         f"{len(facts.training)} training case(s), {len(facts.evaluation)} to evaluate on ({facts.how}). Every arm "
         f"trains {fixed['epochs']} epochs of {fixed['iterations_per_epoch']} iterations of configuration "
         f"{fixed['configuration']} with the same plans, and is evaluated after the last one. Instances by the decoder "

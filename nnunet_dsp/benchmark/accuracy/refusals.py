@@ -1,0 +1,119 @@
+"""What the benchmarks refuse before anything is made or trained."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+
+from nnunet_dsp.benchmark.accuracy.arms import Grid
+from nnunet_dsp.benchmark.accuracy.command_lines import Options, flag_of, shown_value
+from nnunet_dsp.benchmark.accuracy.training import resolved_options
+from nnunet_dsp.benchmark.accuracy.workplace import Workplace
+
+
+def check_numbers(fixed: Options, selection: Options, how: Options, args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be meant, and options that do not go together.
+
+    Args:
+        fixed, selection, how: what is given or remembered; see FIXED, SELECTION and HOW.
+        args: the command line, for what is not remembered.
+
+    Raises:
+        ValueError: names the option.
+    """
+    least = {"epochs": 1, "iterations_per_epoch": 1, "val_iterations": 1, "points_per_object": 1, "min_size": 1}
+    least |= {"pretrain_epochs": 1, "loosen": 0, "split_seed": 0, "point_radius": 0, "batch_size": 1, "tolerance": 0}
+    for name, lowest in least.items():
+        if fixed[name] is not None and fixed[name] < lowest:
+            raise ValueError(f"{flag_of(name)}: expected {lowest} or more, but got {fixed[name]}.")
+    if not 0 <= fixed["share"] <= 1:
+        raise ValueError(f"--share: expected a number from 0 to 1, but got {fixed['share']}.")
+    if not 0 < fixed["step_size"] <= 1:
+        raise ValueError(f"--step-size: expected a number above 0, at most 1, but got {fixed['step_size']}.")
+    if fixed["lr"] is not None and fixed["lr"] <= 0:
+        raise ValueError(f"--lr: expected a number above 0, but got {fixed['lr']}.")
+    for name in ("patch", "batch_size", "features"):
+        if fixed["plans"] != "small" and fixed[name] is not None:
+            raise ValueError(f"{flag_of(name)} goes with --plans small.")
+    for name in ("patch", "features", "rectangle"):
+        if fixed[name] is not None and min(fixed[name]) < 1:
+            raise ValueError(f"{flag_of(name)}: expected numbers of 1 or more, but got {shown_value(fixed[name])}.")
+    for name in ("threads", "num_processes"):
+        if how[name] is not None and how[name] < 1:
+            raise ValueError(f"{flag_of(name)}: expected 1 or more, but got {how[name]}.")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs: expected 1 or more, but got {args.jobs}.")
+    if any(seed < 0 for seed in selection["seeds"]):
+        raise ValueError("--seeds: expected whole numbers of 0 or more.")
+    if fixed["pretrain_epochs"] is not None and fixed["pretrain"] is None:
+        raise ValueError("--pretrain-epochs goes with --pretrain.")
+    if args.time and not args.plan:
+        raise ValueError("--time goes with --plan.")
+    for given, whats in ((args.run, "--run"), (args.report_only, "--report-only")):
+        if given and (args.plan or args.commands):
+            raise ValueError(f"{whats} goes with neither --plan nor --commands.")
+
+
+def refuse_unplanned(
+    args: argparse.Namespace,
+    selection: Options,
+    rows: Sequence[Options],
+    columns: Mapping[str, str],
+) -> None:
+    """Refuse a report of what DIR was never asked to train.
+
+    Args:
+        args: the command line.
+        selection: what DIR was last asked for.
+        rows: all that it was asked for so far.
+        columns: what an option's values are called in a row.
+
+    Raises:
+        ValueError: an option names something that is in neither.
+    """
+    for name, column in columns.items():
+        known = ["rest", *selection.get(name, ()), *(row[column] for row in rows)]  # rows have the number for it
+        new = [value for value in getattr(args, name) or () if value not in known]
+        if new:
+            raise ValueError(
+                f"--report-only reports what {args.output} was asked for, and that is not {flag_of(name)} "
+                f"{shown_value(new)}. Leave it out, or train it first, without --report-only."
+            )
+
+
+def refuse_missing_gpu(device: str) -> None:
+    """
+    Raises:
+        ValueError: this machine has no such device; nnU-Net would say so after the data has been prepared.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    there = torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()
+    if not there:
+        raise ValueError(f"--device {device}: PyTorch finds no such device here. Train with --device cpu?")
+
+
+def refuse_changed_defaults(place: Workplace, grid: Grid) -> None:
+    """
+    Raises:
+        ValueError: a finished run was trained with other defaults than nnunet_dsp has now.
+    """
+    changed = []
+    for run in grid.runs.values():
+        record = place.record(run.id)
+        if record is not None:
+            before, options = record["options"], resolved_options(run)
+            changed += [
+                f"{run.id}: {key} {before[key]} there, {options[key]} now"
+                for key in options
+                if key in before and before[key] != options[key]
+            ]
+    if changed:
+        raise ValueError(
+            "Finished runs were trained with other defaults of nnunet_dsp:\n"
+            + "\n".join(f"  {line}" for line in changed[:20])
+            + f"\nRemove their folders from {place.runs} to train them anew, choose a new folder with -o, or define an "
+            "arm with these values (--arm)."
+        )
