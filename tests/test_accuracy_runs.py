@@ -133,12 +133,13 @@ class Played:
             assert not fold.exists(), "a new training starts in a new folder"
         fold.mkdir(parents=True, exist_ok=True)
         (model / "plans.json").write_text(json.dumps(content))
+        how = self.fail.pop(dataset.split("_", 1)[1], None)
+        loss = "nan" if how == "nan" else "0.5"
         for epoch in range(content["nnunet_dsp_benchmark"]["num_epochs"]):
-            for line in (f"2026: Epoch {epoch} ", "2026: train_loss 0.5", "2026: Epoch time: 2.0 s"):
+            for line in (f"2026: Epoch {epoch} ", f"2026: train_loss {loss}", "2026: Epoch time: 2.0 s"):
                 if on_line is not None:
                     on_line(line + "\n")
-            how = self.fail.pop(dataset.split("_", 1)[1], None)
-            if how is not None:
+            if how in ("broken", "saved"):
                 if how == "broken":
                     (fold / "checkpoint_final.pth").write_bytes(b"PK\x03\x04 cut off")
                 elif how == "saved":
@@ -286,6 +287,18 @@ def test_a_bare_call_goes_on_with_what_was_asked_for(benchmark):
 def test_a_checkpoint_that_was_cut_off_is_not_continued_from(benchmark):
     benchmark.played.fail["m2_s0_masks"] = "broken"
     assert benchmark("--arms", "masks")[0] == 1
+    benchmark.played.calls.clear()
+    assert benchmark(begin=False)[0] == 0
+    (training,) = benchmark.played.of("train")
+    assert "--c" not in training
+
+
+def test_a_training_whose_loss_is_nan_fails_and_is_not_continued_from(benchmark):
+    benchmark.played.fail["m2_s0_masks"] = "nan"
+    status, _, err = benchmark("--arms", "masks")
+    assert status == 1
+    assert f"{MASKS}: the loss is nan" in err and "log.txt shows from which epoch on" in err
+    assert not (benchmark.folder / "runs" / MASKS / "record.json").exists()
     benchmark.played.calls.clear()
     assert benchmark(begin=False)[0] == 0
     (training,) = benchmark.played.of("train")
@@ -816,6 +829,7 @@ def test_test_images_without_a_mask_are_refused(benchmark):
     ("words", "message"),
     [
         (("--patch", "16"), "--patch goes with --plans small"),
+        (("--plans", "small", "--features", "4", "8"), "--features: expected three numbers or more"),
         (("--share", "2"), "--share: expected a number from 0 to 1"),
         (("--step-size", "0"), "--step-size: expected"),
         (("--jobs", "0"), "--jobs: expected 1 or more"),

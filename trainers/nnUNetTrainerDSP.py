@@ -51,7 +51,8 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
     Raises:
         NotImplementedError: the dataset is trained with regions: a voxel of several classes at once has no single
             prototype.
-        ValueError: an option in the plans is unknown or impossible.
+        ValueError: an option in the plans is unknown or impossible, or (by `initialize`) the network has too few stages
+            for nnU-Net's deep supervision.
     """
 
     default_settings: ClassVar[DSPSettings] = DSPSettings()
@@ -118,6 +119,12 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
         return network
 
     def _build_loss(self) -> nn.Module:
+        if self.enable_deep_supervision and len(self._get_deep_supervision_scales()) < 2:
+            raise ValueError(
+                f"The network of configuration {self.configuration_name} in {self.plans_manager.plans_name} has fewer "
+                "than three stages. nnU-Net's deep supervision leaves out the lowest output, so none would be left, "
+                "and the loss would be nan. Plan for larger patches, or give `nnunet_dsp plans` more --features."
+            )
         return CombinedLoss(super()._build_loss(), self.settings, self.label_manager.ignore_label)
 
     def initialize(self) -> None:

@@ -14,6 +14,7 @@ from nnunet_dsp import trainers
 from nnunet_dsp.annotations import AnnotationError
 from nnunet_dsp.combined_loss import TERMS
 from nnunet_dsp.head import PrototypeHead
+from nnunet_dsp.plans import shrink_plans
 from nnunet_dsp.trainers import nnUNetTrainerDSP, nnUNetTrainerDSP_5epochs, nnUNetTrainerDSP_standardHead
 
 WEAK = {"weak_0", "weak_1", "unlabelled"}
@@ -134,6 +135,14 @@ def test_regions_are_refused_at_construction(tiny):
     tiny.dataset_json["regions_class_order"] = [1, 2]
     with pytest.raises(NotImplementedError, match="regions"):
         tiny.trainer(nnUNetTrainerDSP)
+
+
+def test_a_network_that_leaves_deep_supervision_nothing_is_refused_before_training(tiny):
+    planned = tiny.trainer(nnUNetTrainerDSP).plans_manager.plans
+    two_stages = shrink_plans(planned, "nnUNetPlans", features=(4, 6))
+    trainer = tiny.trainer(nnUNetTrainerDSP, configurations=two_stages["configurations"])
+    with pytest.raises(ValueError, match="2d in nnUNetPlans has fewer than three stages"):
+        trainer.initialize()
 
 
 def test_a_misspelt_option_in_the_plans_is_refused_with_the_right_name(tiny):

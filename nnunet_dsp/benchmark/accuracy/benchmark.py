@@ -434,9 +434,7 @@ def _report(place: Workplace, wanted: Wanted) -> int:
     rows = sorted((Row(*row) for row in read_plan(place)["rows"]), key=lambda row: order.get(row.arm, len(order)))
     prices = parse_prices(wanted.how["cost"])
     commands = [
-        command_line(
-            "accuracy", place.folder.name, ((wanted.fixed, FIXED), (selection, SELECTION), (wanted.how, HOW))
-        )
+        command_line("accuracy", place.folder.name, ((wanted.fixed, FIXED), (selection, SELECTION), (wanted.how, HOW)))
         for selection in wanted.calls
     ]
     print(write_report(place, facts, wanted.fixed, rows, prices, commands))

@@ -38,6 +38,11 @@ def check_numbers(fixed: Options, selection: Options, how: Options, args: argpar
     for name in ("patch", "features", "rectangle"):
         if fixed[name] is not None and min(fixed[name]) < 1:
             raise ValueError(f"{flag_of(name)}: expected numbers of 1 or more, but got {shown_value(fixed[name])}.")
+    if fixed["features"] is not None and len(fixed["features"]) < 3:
+        raise ValueError(
+            f"--features: expected three numbers or more, but got {shown_value(fixed['features'])}. nnU-Net's deep "
+            "supervision leaves out the lowest output: in a network of two stages none is left, and the loss is nan."
+        )
     for name in ("threads", "num_processes"):
         if how[name] is not None and how[name] < 1:
             raise ValueError(f"{flag_of(name)}: expected 1 or more, but got {how[name]}.")

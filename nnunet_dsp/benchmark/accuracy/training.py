@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 import shutil
 import time
@@ -265,6 +266,13 @@ class Training:
             raise
         if not (output / CHECKPOINTS[0]).is_file():
             raise OSError(f"{run.id}: the training ended well but left no {CHECKPOINTS[0]} in {output}.")
+        if watch.loss is not None and math.isnan(watch.loss):
+            shutil.rmtree(output)  # going on from there would make it no better
+            raise OSError(
+                f"{run.id}: the loss is nan, so the network has learnt nothing, and its checkpoints are removed. "
+                f"{folder / 'log.txt'} shows from which epoch on. A smaller --lr or --precision float32, in a new "
+                "folder, may help."
+            )
         train_seconds = spent["seconds"] + time.monotonic() - started
         seconds = {"train": train_seconds, "median_epoch": float(np.median(watch.epoch_times or [0.0]))}
         times = max(spent["times"], int("--c" in words))  # one that was killed outright could not write it down
