@@ -57,7 +57,7 @@ class CombinedLoss(nn.Module):
         self.terms: Tensor | None = None
 
     def set_progress(self, progress: float) -> None:
-        """End the warm-up of what pseudo-labels need, and lower the DSP losses' weight where `dsp_schedule` says so.
+        """End the warm-up of what pseudo-labels need, and lower the DSP losses' weight as `dsp_schedule` says.
 
         In the warm-up the masks teach: DSPDataLoader deals no other cases, unless there are none with masks. The
         marginal loss waits with the pseudo-labels: complete boxes make nearly all of a weak image background and say
@@ -65,8 +65,8 @@ class CombinedLoss(nn.Module):
         without any masked item have it from the start; nothing else would teach.
 
         The evidence of a tag, a point or a box is that a class is there, never that it is not, so the DSP losses raise
-        the share of annotated classes. Where that makes them too large, "linear" leaves the end of the training to
-        masks and pseudo-labels.
+        the share of annotated classes. That finds objects early, and makes them too large late: "linear" leaves the end
+        of the training to masks and pseudo-labels.
 
         Args:
             progress: the share of the training that is done, in [0, 1].

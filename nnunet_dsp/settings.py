@@ -22,7 +22,7 @@ class DSPSettings:
         temperature: divisor of the cosine similarities.
         variant: "default", or "released" for the losses of the authors' code.
         dsp_weight: weight of the sum of the four DSP losses when training begins.
-        dsp_schedule: "constant": that weight stays; "linear": it falls to 0 by the end of the training.
+        dsp_schedule: "linear": that weight falls to 0 by the end of the training; "constant": it stays.
         image_weight, box_weight, point_weight, mask_weight: of the four among themselves; 0 switches one off.
         pseudo_label_weight: weight of the loss against the filtered pseudo-label; 0 switches it off.
         pseudo_label_loss: "nnunet": nnU-Net's own loss (Dice and cross entropy, on all outputs), with the pseudo-labels
@@ -50,7 +50,7 @@ class DSPSettings:
     temperature: float = 0.05
     variant: str = "default"
     dsp_weight: float = 0.03
-    dsp_schedule: str = "constant"
+    dsp_schedule: str = "linear"
     image_weight: float = 1.0
     box_weight: float = 1.0
     point_weight: float = 1.0
@@ -66,7 +66,7 @@ class DSPSettings:
 
     def __post_init__(self) -> None:
         one_of("head", self.head, ("prototype", "standard"))
-        one_of("dsp_schedule", self.dsp_schedule, ("constant", "linear"))
+        one_of("dsp_schedule", self.dsp_schedule, ("linear", "constant"))
         one_of("variant", self.variant, ("default", "released"))
         one_of("pseudo_label_loss", self.pseudo_label_loss, ("nnunet", "cross_entropy"))
         one_of("pseudo_labels_in_boxes", self.pseudo_labels_in_boxes, ("boxed", "all"))

@@ -25,7 +25,7 @@ def test_settings_come_back_from_the_plans_they_were_written_to():
     [
         ({"head": "linear"}, "one of prototype, standard"),
         ({"variant": "paper"}, "one of default, released"),
-        ({"dsp_schedule": "cosine"}, "one of constant, linear"),
+        ({"dsp_schedule": "cosine"}, "one of linear, constant"),
         ({"masked_fraction": 1.5}, r"`masked_fraction` to lie in \[0, 1\], but got 1.5"),
         ({"pseudo_label_warmup": -0.1}, "`pseudo_label_warmup`"),
         ({"dsp_weight": -1}, "`dsp_weight` to be a finite number of at least 0"),

@@ -8,7 +8,11 @@ class nnUNetTrainerDSP_released(nnUNetTrainerDSP):
     """nnUNetTrainerDSP with the losses of the authors' released code."""
 
     default_settings = DSPSettings(
-        variant="released", dsp_weight=0.1, pseudo_label_loss="cross_entropy", pseudo_labels_in_boxes="all"
+        variant="released",
+        dsp_weight=0.1,
+        dsp_schedule="constant",
+        pseudo_label_loss="cross_entropy",
+        pseudo_labels_in_boxes="all",
     )
 
 
