@@ -82,7 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", dest="output", default="nnUNetPlansSmall", help="new plans' name (default: %(default)s)")
     parser.add_argument("--patch", type=int, nargs="+", help="patch size in voxels: one number, or y x, or z y x")
     parser.add_argument(
-        "--features", type=int, nargs="+", default=[16, 32, 64, 128, 192], help="channels of each stage"
+        "--features",
+        type=int,
+        nargs="+",
+        default=[16, 32, 64, 128, 192],
+        help="channels of each stage; nnUNetTrainer and nnUNetTrainerDSP need three or more",
     )
     parser.add_argument("--batch-size", type=int, help="patches a batch (default: as planned)")
 

@@ -9,6 +9,7 @@ from torch import nn
 from nnunet_dsp.batch import AnnotationBatch
 from nnunet_dsp.combined_loss import TERMS, BatchKnowledge, CombinedLoss
 from nnunet_dsp.settings import DSPSettings
+from nnunet_dsp.trainers import nnUNetTrainerDSP_released
 
 IGNORE = 3
 
@@ -71,6 +72,13 @@ def test_the_weight_of_the_dsp_losses_falls_to_nothing_unless_it_is_constant():
             loss.set_progress(progress)
             found.append(loss.dsp_weight)
         assert found == pytest.approx(weights)
+
+
+def test_by_default_the_weight_falls_and_that_of_the_authors_variant_stays():
+    for settings, at_the_end in ((DSPSettings(), 0.0), (nnUNetTrainerDSP_released.default_settings, 0.1)):
+        loss = CombinedLoss(Recorder(), settings, IGNORE)
+        loss.set_progress(1.0)
+        assert loss.dsp_weight == pytest.approx(at_the_end)
 
 
 def test_pseudo_labels_act_on_unmasked_voxels_that_show_the_image_and_nowhere_else():

@@ -67,7 +67,8 @@ def add_training_arguments(
     train.add_argument("--plans", choices=("nnunet", "small"), help="small: as `nnunet_dsp plans` derives (nnunet)")
     train.add_argument("--patch", metavar="N", type=int, nargs="+", help="with --plans small: patch size in voxels")
     train.add_argument("--batch-size", metavar="N", type=int, help="with --plans small (default: as planned)")
-    train.add_argument("--features", metavar="N", type=int, nargs="+", help="with --plans small: channels by stage")
+    what = "with --plans small: channels by stage (accuracy: three or more)"
+    train.add_argument("--features", metavar="N", type=int, nargs="+", help=what)
     train.add_argument("--epochs", metavar="N", type=int, help="(default: 1000)")
     train.add_argument("--iterations-per-epoch", metavar="N", type=int, help="(default: 250)")
     train.add_argument("--val-iterations", metavar="N", type=int, help="of nnU-Net's online validation (default: 1)")
