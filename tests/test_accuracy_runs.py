@@ -798,6 +798,18 @@ def test_the_report_names_every_call_that_its_rows_come_from(benchmark):
     assert commands() == [command], "nothing new was asked for"
 
 
+def test_a_name_stands_for_one_arm_only(benchmark):
+    mine, other = (f"mine=nnUNetTrainerDSP:dsp_weight={weight}" for weight in (0.1, 0.2))
+    status, _, err = benchmark("--arm", mine, "--arm", other, "--arms", "mine", "--seeds", "0")
+    assert status == 1 and f"--arm {other}: there is another arm of this name already, {mine}." in err
+    assert benchmark("--arm", mine, "--arms", "mine", "--seeds", "0")[0] == 0
+    status, _, err = benchmark("--arm", other, "--arms", "mine", "--seeds", "1", begin=False)
+    assert status == 1 and f"{mine}. Give one of them another name" in err
+    report = (benchmark.folder / "report.md").read_text()
+    assert benchmark("--arm", mine, "--arms", "mine", "--seeds", "0", begin=False)[0] == 0
+    assert (benchmark.folder / "report.md").read_text() == report
+
+
 @pytest.mark.parametrize(
     "words", [("--seeds", "0", "7"), ("--arms", "masks", "dsp"), ("--masks", "1"), ("--weak", "rest", "1")]
 )
@@ -833,6 +845,11 @@ def test_test_images_without_a_mask_are_refused(benchmark):
         (("--share", "2"), "--share: expected a number from 0 to 1"),
         (("--step-size", "0"), "--step-size: expected"),
         (("--jobs", "0"), "--jobs: expected 1 or more"),
+        (("--threads", "0"), "--threads: expected 1 or more"),
+        (("--tolerance", "-1"), "--tolerance: expected 0 or more"),
+        (("--lr", "nan"), "--lr: expected a number above 0"),
+        (("--seeds", "-1"), "--seeds: expected whole numbers of 0 or more"),
+        (("--plans", "small", "--patch", "16", "0"), "--patch: expected numbers of 1 or more, but got 16 0"),
         (("--arms", "dsq"), "no arm 'dsq'"),
         (("--settings", "mixd"), "no setting 'mixd'"),
         (("--masks", "9"), "--masks: expected 0 to 6"),

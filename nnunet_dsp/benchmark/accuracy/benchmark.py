@@ -27,7 +27,7 @@ from nnunet_dsp.benchmark.accuracy.arms import (
     parse_custom_arm,
     parse_setting,
 )
-from nnunet_dsp.benchmark.accuracy.command_lines import command_line, flag_of, shown_value, with_call
+from nnunet_dsp.benchmark.accuracy.command_lines import command_line, flag_of, shown_value, with_call, with_definitions
 from nnunet_dsp.benchmark.accuracy.cost import parse_prices
 from nnunet_dsp.benchmark.accuracy.datasets import FULL, Datasets
 from nnunet_dsp.benchmark.accuracy.pretraining import PretrainingFacts, look_at_pretraining
@@ -160,10 +160,7 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
         }
 
     selection = remembered(SELECTION)
-    if args.arm is not None and stored is not None:  # arms defined earlier are still known
-        names = {text.partition("=")[0] for text in args.arm}
-        earlier = [text for text in stored["selection"]["arm"] if text.partition("=")[0] not in names]
-        selection["arm"] = [*earlier, *args.arm]
+    selection["arm"] = with_definitions([] if stored is None else stored["selection"]["arm"], args.arm or [])
     calls = [] if stored is None else stored.get("calls", [stored["selection"]])
     return Wanted(fixed, selection, remembered(HOW), calls)
 
@@ -270,7 +267,7 @@ def _extend_plan(place: Workplace, grid: Grid) -> dict[str, int]:
     if max(plan["datasets"].values()) > 999:
         raise ValueError("nnU-Net knows 999 datasets, and this benchmark needs more. Split it over several folders.")
     rows = {row[:-1]: row for row in (Row(*row) for row in plan["rows"])}
-    rows |= {row[:-1]: row for row in grid.rows}  # an arm that was defined anew replaces the old one
+    rows |= {row[:-1]: row for row in grid.rows}
     plan["rows"] = [list(row) for row in rows.values()]
     write_json(place.plan_file, plan)
     return dict(plan["datasets"])

@@ -22,6 +22,26 @@ def shown_value(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def with_definitions(earlier: Sequence[str], new: Sequence[str]) -> list[str]:
+    """The arms that are defined after a call: the earlier ones, which are still known, and the new ones.
+
+    Args:
+        earlier, new: values of --arm, NAME=DEFINITION each.
+
+    Raises:
+        ValueError: a name has two definitions; a mean over seeds would then mix two arms.
+    """
+    definitions: dict[str, str] = {}
+    for text in (*earlier, *new):
+        name = text.partition("=")[0]
+        if definitions.setdefault(name, text) != text:
+            raise ValueError(
+                f"--arm {text}: there is another arm of this name already, {definitions[name]}. Give one of them "
+                "another name, or choose a new folder with -o."
+            )
+    return list(definitions.values())
+
+
 def with_call(calls: Sequence[Options], selection: Options) -> list[Options]:
     """The selections that a folder was asked for so far, and one more.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 
 from nnunet_dsp.benchmark.accuracy.arms import Grid
@@ -11,8 +12,50 @@ from nnunet_dsp.benchmark.accuracy.training import resolved_options
 from nnunet_dsp.benchmark.accuracy.workplace import Workplace
 
 
+def check_training(values: Options, seeds: Sequence[int], args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant of the options that every benchmark of trainings has; see training_arguments.py.
+
+    Args:
+        values: by name, those of TRAINING, HELD_OUT and RUNNING, given or remembered.
+        seeds: of the trainings.
+        args: the command line, for what is not remembered.
+
+    Raises:
+        ValueError: names the option.
+    """
+    least = {"epochs": 1, "iterations_per_epoch": 1, "val_iterations": 1, "split_seed": 0, "batch_size": 1}
+    check_least(values, {**least, "threads": 1, "num_processes": 1})
+    check_least(vars(args), {"jobs": 1})
+    if values["lr"] is not None and not 0 < values["lr"] < math.inf:
+        raise ValueError(f"--lr: expected a number above 0, but got {values['lr']}.")
+    for name in ("patch", "batch_size", "features"):
+        if values["plans"] != "small" and values[name] is not None:
+            raise ValueError(f"{flag_of(name)} goes with --plans small.")
+    check_least_of_all(values, ("patch", "features"))
+    if any(seed < 0 for seed in seeds):
+        raise ValueError("--seeds: expected whole numbers of 0 or more.")
+    if args.time and not args.plan:
+        raise ValueError("--time goes with --plan.")
+    if args.report_only and args.plan:
+        raise ValueError("--report-only does not go with --plan.")
+
+
+def check_least(values: Options, least: Mapping[str, float]) -> None:
+    """Refuse numbers below the least that an option can be; ValueError."""
+    for name, lowest in least.items():
+        if values[name] is not None and values[name] < lowest:
+            raise ValueError(f"{flag_of(name)}: expected {lowest} or more, but got {values[name]}.")
+
+
+def check_least_of_all(values: Options, names: Sequence[str]) -> None:
+    """Refuse lists with a number below 1; ValueError."""
+    for name in names:
+        if values[name] is not None and min(values[name]) < 1:
+            raise ValueError(f"{flag_of(name)}: expected numbers of 1 or more, but got {shown_value(values[name])}.")
+
+
 def check_numbers(fixed: Options, selection: Options, how: Options, args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be meant, and options that do not go together.
+    """Refuse numbers that cannot be meant, and options of `benchmark accuracy` that do not go together.
 
     Args:
         fixed, selection, how: what is given or remembered; see FIXED, SELECTION and HOW.
@@ -21,42 +64,25 @@ def check_numbers(fixed: Options, selection: Options, how: Options, args: argpar
     Raises:
         ValueError: names the option.
     """
-    least = {"epochs": 1, "iterations_per_epoch": 1, "val_iterations": 1, "points_per_object": 1, "min_size": 1}
-    least |= {"pretrain_epochs": 1, "loosen": 0, "split_seed": 0, "point_radius": 0, "batch_size": 1, "tolerance": 0}
-    for name, lowest in least.items():
-        if fixed[name] is not None and fixed[name] < lowest:
-            raise ValueError(f"{flag_of(name)}: expected {lowest} or more, but got {fixed[name]}.")
+    check_training({**fixed, **how}, selection["seeds"], args)
+    check_least(fixed, {"points_per_object": 1, "min_size": 1, "pretrain_epochs": 1, "loosen": 0, "point_radius": 0})
+    check_least(fixed, {"tolerance": 0})
+    check_least_of_all(fixed, ("rectangle",))
     if not 0 <= fixed["share"] <= 1:
         raise ValueError(f"--share: expected a number from 0 to 1, but got {fixed['share']}.")
     if not 0 < fixed["step_size"] <= 1:
         raise ValueError(f"--step-size: expected a number above 0, at most 1, but got {fixed['step_size']}.")
-    if fixed["lr"] is not None and fixed["lr"] <= 0:
-        raise ValueError(f"--lr: expected a number above 0, but got {fixed['lr']}.")
-    for name in ("patch", "batch_size", "features"):
-        if fixed["plans"] != "small" and fixed[name] is not None:
-            raise ValueError(f"{flag_of(name)} goes with --plans small.")
-    for name in ("patch", "features", "rectangle"):
-        if fixed[name] is not None and min(fixed[name]) < 1:
-            raise ValueError(f"{flag_of(name)}: expected numbers of 1 or more, but got {shown_value(fixed[name])}.")
     if fixed["features"] is not None and len(fixed["features"]) < 3:
         raise ValueError(
             f"--features: expected three numbers or more, but got {shown_value(fixed['features'])}. nnU-Net's deep "
             "supervision leaves out the lowest output: in a network of two stages none is left, and the loss is nan."
         )
-    for name in ("threads", "num_processes"):
-        if how[name] is not None and how[name] < 1:
-            raise ValueError(f"{flag_of(name)}: expected 1 or more, but got {how[name]}.")
-    if args.jobs < 1:
-        raise ValueError(f"--jobs: expected 1 or more, but got {args.jobs}.")
-    if any(seed < 0 for seed in selection["seeds"]):
-        raise ValueError("--seeds: expected whole numbers of 0 or more.")
     if fixed["pretrain_epochs"] is not None and fixed["pretrain"] is None:
         raise ValueError("--pretrain-epochs goes with --pretrain.")
-    if args.time and not args.plan:
-        raise ValueError("--time goes with --plan.")
-    for given, whats in ((args.run, "--run"), (args.report_only, "--report-only")):
-        if given and (args.plan or args.commands):
-            raise ValueError(f"{whats} goes with neither --plan nor --commands.")
+    if args.run and (args.plan or args.commands):
+        raise ValueError("--run goes with neither --plan nor --commands.")
+    if args.report_only and args.commands:
+        raise ValueError("--report-only does not go with --commands.")
 
 
 def refuse_unplanned(

@@ -13,10 +13,16 @@ from typing import Any
 
 from nnunet_dsp.benchmark.accuracy.arms import Grid
 from nnunet_dsp.benchmark.accuracy.benchmark import ending_children, same_dataset
-from nnunet_dsp.benchmark.accuracy.command_lines import command_line, flag_of, shown_value, with_call
+from nnunet_dsp.benchmark.accuracy.command_lines import command_line, flag_of, shown_value, with_call, with_definitions
 from nnunet_dsp.benchmark.accuracy.datasets import FULL
 from nnunet_dsp.benchmark.accuracy.estimate import estimate
-from nnunet_dsp.benchmark.accuracy.refusals import refuse_changed_defaults, refuse_missing_gpu, refuse_unplanned
+from nnunet_dsp.benchmark.accuracy.refusals import (
+    check_least,
+    check_training,
+    refuse_changed_defaults,
+    refuse_missing_gpu,
+    refuse_unplanned,
+)
 from nnunet_dsp.benchmark.accuracy.source import SourceFacts, evaluation_files, verify_source
 from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, write_json
 from nnunet_dsp.benchmark.instances import EVALUATION, FIXED, HOW, SELECTION
@@ -130,39 +136,20 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
     if fixed["dataset"] is None:
         raise ValueError(f"-d is missing: which dataset? ({args.output} holds no benchmark yet.)")
     selection = remembered("selection", SELECTION)
-    if args.arm is not None and stored is not None:  # arms defined earlier are still known
-        names = {text.partition("=")[0] for text in args.arm}
-        earlier = [text for text in stored["selection"]["arm"] if text.partition("=")[0] not in names]
-        selection["arm"] = [*earlier, *args.arm]
+    selection["arm"] = with_definitions([] if stored is None else stored["selection"]["arm"], args.arm or [])
     calls = [] if stored is None else stored.get("calls", [stored["selection"]])
     return Wanted(fixed, remembered("evaluation", EVALUATION), selection, remembered("how", HOW), calls)
 
 
 def check(wanted: Wanted, args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be meant."""
-    values = {**wanted.fixed, **wanted.evaluation, **wanted.how, "jobs": args.jobs}
-    least = {"epochs": 1, "iterations_per_epoch": 1, "val_iterations": 1, "split_seed": 0, "batch_size": 1}
-    least |= {"min_size": 0, "threads": 1, "num_processes": 1, "jobs": 1}
-    for name, lowest in least.items():
-        if values[name] is not None and values[name] < lowest:
-            raise ValueError(f"{flag_of(name)}: expected {lowest} or more, but got {values[name]}.")
-    for name, below in (("step_size", 0.5), ("threshold", 1.0)):
-        if not 0 < values[name] <= below or (name == "threshold" and values[name] == 1):
-            raise ValueError(f"{flag_of(name)}: expected a number above 0, up to {below:g}, but got {values[name]}.")
-    if values["lr"] is not None and not 0 < values["lr"] < float("inf"):
-        raise ValueError(f"--lr: expected a number above 0, but got {values['lr']}.")
-    for name in ("patch", "batch_size", "features"):
-        if values["plans"] != "small" and values[name] is not None:
-            raise ValueError(f"{flag_of(name)} goes with --plans small.")
-    for name in ("patch", "features"):
-        if values[name] is not None and min(values[name]) < 1:
-            raise ValueError(f"{flag_of(name)}: expected numbers of 1 or more, but got {shown_value(values[name])}.")
-    if any(seed < 0 for seed in wanted.selection["seeds"]):
-        raise ValueError("--seeds: expected whole numbers of 0 or more.")
-    if args.time and not args.plan:
-        raise ValueError("--time goes with --plan.")
-    if args.report_only and args.plan:
-        raise ValueError("--report-only does not go with --plan.")
+    """Refuse numbers that cannot be meant; ValueError."""
+    check_training({**wanted.fixed, **wanted.how}, wanted.selection["seeds"], args)
+    check_least(wanted.evaluation, {"min_size": 0})
+    step_size, threshold = wanted.evaluation["step_size"], wanted.evaluation["threshold"]
+    if not 0 < step_size <= 0.5:
+        raise ValueError(f"--step-size: expected a number above 0, up to 0.5, but got {step_size}.")
+    if not 0 < threshold < 1:
+        raise ValueError(f"--threshold: expected a number between 0 and 1, but got {threshold}.")
 
 
 # --- setting up
@@ -206,7 +193,7 @@ def _plan(place: Workplace, grid: Grid, rows: Sequence[Row]) -> dict[str, Any]:
     if max(plan["datasets"].values()) > 999:
         raise ValueError("nnU-Net knows 999 datasets, and this benchmark needs more. Split it over several folders.")
     known = {row[:-1]: row for row in (Row(*row) for row in plan["rows"])}
-    known |= {row[:-1]: row for row in rows}  # an arm that was defined anew replaces the old one
+    known |= {row[:-1]: row for row in rows}
     return {**plan, "rows": [list(row) for row in known.values()]}
 
 
