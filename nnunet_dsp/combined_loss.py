@@ -93,7 +93,9 @@ class CombinedLoss(nn.Module):
         classes = (target[0] if isinstance(target, (list, tuple)) else target)[:, 0]
         num_weak = logits.shape[0] - num_masked
         use_pseudo_labels = self.warmed_up and settings.pseudo_label_weight > 0
-        use_marginal = settings.marginal_weight > 0 and (self.warmed_up or num_masked == 0)
+        partial = annotations.partial if annotations.partial.numel() > 0 else None
+        everywhere = self.warmed_up or num_masked == 0
+        use_marginal = settings.marginal_weight > 0 and (everywhere or partial is not None)
         as_masks = use_pseudo_labels and settings.pseudo_label_loss == "nnunet" and self.ignore_label is not None
         of_sets: SetLosses | None = None
         mask_loss = self._loss_on_masks(output, target, num_masked)
@@ -117,13 +119,17 @@ class CombinedLoss(nn.Module):
                 unmasked = classes == self.ignore_label
                 if annotations.outside.numel() > 0:
                     unmasked = unmasked & ~annotations.outside
+                if not everywhere and partial is not None:
+                    unmasked = unmasked & partial
                 if use_marginal or use_pseudo_labels:
                     boxes = None
                     doubted = use_pseudo_labels and settings.pseudo_labels_in_boxes == "boxed"
                     if doubted and annotations.box_voxels.shape[0] > 0:
                         boxes = box_cover(annotations, logits.shape[1], logits.shape[2:])
                     first = num_weak if as_masks else 0
-                    of_sets = set_losses(logits, allowed, unmasked, boxes, first, apart=use_pseudo_labels)
+                    of_sets = set_losses(
+                        logits, allowed, unmasked, boxes, first, apart=use_pseudo_labels, partial=partial
+                    )
                     marginal = of_sets.marginal if use_marginal else zero
                     pseudo = of_sets.pseudo_label if use_pseudo_labels else zero
         if as_masks and of_sets is not None:

@@ -41,7 +41,8 @@ class DSPDataLoader(nnUNetDataLoader):
 
     Cases with at least one annotated mask voxel are *masked*, the others *weak*. A batch holds a stated share of
     masked cases, at its end; the rest are weak. Patches of weak cases are centred on a random point or box as often
-    as nnU-Net centres those of masked cases on foreground, and lie anywhere otherwise.
+    as nnU-Net centres those of masked cases on foreground, and lie anywhere otherwise. Of the latter's, half are centred
+    on the case's points and boxes, where it has any.
 
     The batch has, beside nnU-Net's entries:
         annotations: list of tensors, see AnnotationBatch.from_list.
@@ -140,12 +141,18 @@ class DSPDataLoader(nnUNetDataLoader):
         return int(exact) + int(np.random.uniform() < exact - int(exact))
 
     def _oversample_within_group(self, sample_idx: int) -> bool:
-        """nnU-Net's rule, applied to the weak and to the masked items of the batch separately."""
+        """nnU-Net's rule, applied to the weak and to the masked items of the batch separately.
+
+        For a group of one item it would be never. Such an item takes turns by chance, as often as those of two do.
+        """
+        share = self.oversample_foreground_percent
         if self._probabilistic:
-            return bool(np.random.uniform() < self.oversample_foreground_percent)
+            return bool(np.random.uniform() < share)
         num_weak = self.batch_size - self._num_masked
         first, size = (0, num_weak) if sample_idx < num_weak else (num_weak, self._num_masked)
-        return not sample_idx - first < round(size * (1 - self.oversample_foreground_percent))
+        if size == 1 < self.batch_size:
+            return bool(np.random.uniform() < 1 - round(2 * (1 - share)) / 2)
+        return not sample_idx - first < round(size * (1 - share))
 
     def get_bbox(
         self, data_shape: Any, force_fg: bool, class_locations: Any, overwrite_class: Any = None, verbose: bool = False
@@ -157,16 +164,20 @@ class DSPDataLoader(nnUNetDataLoader):
             bbox = super().get_bbox(data_shape, force_fg, class_locations, overwrite_class, verbose)
             self.has_ignore = has_ignore
         else:
+            beside = self._annotated_locations() if force_fg else {}
+            if beside and np.random.uniform() < 0.5:  # what is annotated beside a mask may lie far from it
+                class_locations = beside
             bbox = super().get_bbox(data_shape, force_fg, class_locations, overwrite_class, verbose)
         self._crop = (tuple(int(low) for low in bbox[0]), tuple(int(size) for size in data_shape))
         return bbox
 
     def _weak_locations(self, force_fg: bool) -> tuple[dict[int, IntArray] | None, bool]:
-        case = self._annotations.get(self._cases[self._position])
-        if not force_fg or case is None:
-            return None, False
-        locations = case.locations()
+        locations = self._annotated_locations() if force_fg else {}
         return (locations, True) if locations else (None, False)
+
+    def _annotated_locations(self) -> dict[int, IntArray]:
+        case = self._annotations.get(self._cases[self._position])
+        return {} if case is None else case.locations()
 
     # --- what is known about each patch
 

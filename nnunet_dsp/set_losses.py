@@ -39,8 +39,8 @@ class _SetReductions(torch.autograd.Function):
     the log of the whole mass, of the allowed classes' mass, and the likeliest allowed class.
 
     forward(logits (B, C, R, W), allowed (B, C, R, W) bool, where (B, 1, R, W) bool, in_box (B, 1, R, W) bool or None,
-    boxed (B, C) bool or None, first, apart) returns the sum over `where` of lse - lse_allowed, with `apart` without the
-    voxels whose pseudo-label counts; the sum of lse - (largest allowed logit) over the latter from item `first` on; the
+    boxed (B, C) bool or None, partial (B, 1, R, W) bool or None, first, apart) returns the sum over `where` of
+    lse - lse_allowed, with `apart` without the voxels whose pseudo-label counts; the sum of lse - (largest allowed logit) over the latter from item `first` on; the
     number of these; the pseudo-labels and where they count, both (B, 1, R, W). lse is the logarithm of the sum of the
     exponentials.
     """
@@ -53,6 +53,7 @@ class _SetReductions(torch.autograd.Function):
         where: Tensor,
         in_box: Tensor | None,
         boxed: Tensor | None,
+        partial: Tensor | None,
         first: int,
         apart: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -60,7 +61,8 @@ class _SetReductions(torch.autograd.Function):
         within = torch.empty_like(whole)
         label = torch.empty_like(whole, dtype=torch.uint8 if logits.shape[1] <= 256 else torch.int16)
         counted = torch.empty_like(where)
-        labelled = counted if in_box is None else torch.empty_like(where)
+        some = in_box is not None or partial is not None
+        labelled = torch.empty_like(where) if some else counted
         marginal, pseudo, number = logits.new_zeros(()), logits.new_zeros(()), logits.new_zeros(())
         smallest = torch.finfo(logits.dtype).tiny * 2**20
         lowest = torch.finfo(logits.dtype).min / 2
@@ -78,14 +80,17 @@ class _SetReductions(torch.autograd.Function):
             counted[:, :, rows] = here
             if in_box is not None and boxed is not None:
                 of_a_box = boxed.gather(1, index.flatten(1)).view_as(index)
-                here = asked & (of_a_box | ~in_box[:, :, rows])
+                here = here & (of_a_box | ~in_box[:, :, rows])
+            if partial is not None:
+                here = here & ~partial[:, :, rows]
+            if some:
                 labelled[:, :, rows] = here
             open_ones = asked & ~here if apart else asked
             marginal += torch.where(open_ones, log_whole - log_within, 0.0).sum()
             pseudo += torch.where(here, log_whole - best, 0.0)[first:].sum()
             number += here[first:].sum()
         ctx.mark_non_differentiable(number, label, labelled)
-        ctx.in_boxes, ctx.first, ctx.apart = in_box is not None, first, apart
+        ctx.some, ctx.first, ctx.apart = some, first, apart
         ctx.save_for_backward(logits, allowed, counted, labelled, whole, within, label)
         return marginal, pseudo, number, label, labelled
 
@@ -98,7 +103,7 @@ class _SetReductions(torch.autograd.Function):
             # d marginal = p - p [allowed] / mass of the allowed; d pseudo = p - [is the label]
             missing = (log_whole - within[:, :, rows]).clamp_max_(_LARGEST_EXPONENT[logits.dtype])
             of_set, of_label = by_marginal, by_pseudo
-            if ctx.in_boxes or ctx.first:
+            if ctx.some or ctx.first:
                 of_label = by_pseudo * labelled[:, :, rows]
                 of_label[: ctx.first] = 0
             if ctx.apart:
@@ -109,7 +114,7 @@ class _SetReductions(torch.autograd.Function):
             gradient.mul_(less.neg_().add_(both))
             gradient.scatter_add_(1, label[:, :, rows].long(), (-of_label).expand_as(log_whole))
             torch.mul(gradient, as_numbers(counted[:, :, rows], gradient.dtype), out=result[:, :, rows])
-        return result, None, None, None, None, None, None
+        return result, None, None, None, None, None, None, None
 
 
 def set_losses(
@@ -120,6 +125,7 @@ def set_losses(
     first: int = 0,
     *,
     apart: bool = False,
+    partial: Tensor | None = None,
 ) -> SetLosses:
     """Marginal cross entropy and the cross entropy against the pseudo-label, for the price of about one of them.
 
@@ -141,6 +147,10 @@ def set_losses(
         first: the pseudo-label loss leaves out the items before this one.
         apart: the marginal loss leaves out the voxels whose pseudo-label counts (they stay in its mean, as 0). That
             label says the same and more; both together would say twice that it is background outside complete boxes.
+        partial: (B, *S) bool, where no pseudo-label counts; None: nowhere. What a mask of some classes leaves blank is
+            background or a class that was not drawn. Of these the likeliest is the latter as long as every mask leaves
+            its background open, and taught that, it stays so; the marginal losses of masks of different classes
+            together say which it is.
 
     Returns:
         SetLosses, float32 (float64 for float64), each at least 0 up to rounding. Where the allowed classes' mass is
@@ -156,13 +166,14 @@ def set_losses(
             where.reshape(flat),
             None if boxes is None else boxes.voxels.reshape(flat),
             None if boxes is None else boxes.classes,
+            None if partial is None else partial.reshape(flat),
             first,
             apart,
         )
         number = where.sum().clamp_min(1)
         return SetLosses(
             marginal / number,
-            pseudo / (number if boxes is None and first == 0 else labelled.clamp_min(1)),
+            pseudo / (number if boxes is None and partial is None and first == 0 else labelled.clamp_min(1)),
             label.view(where.shape),
             counts.view(where.shape),
         )

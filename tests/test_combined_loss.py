@@ -8,6 +8,7 @@ from torch import nn
 
 from nnunet_dsp.batch import AnnotationBatch
 from nnunet_dsp.combined_loss import TERMS, BatchKnowledge, CombinedLoss
+from nnunet_dsp.set_losses import marginal_cross_entropy
 from nnunet_dsp.settings import DSPSettings
 from nnunet_dsp.trainers import nnUNetTrainerDSP_released
 
@@ -54,6 +55,39 @@ def test_the_mask_loss_sees_the_masked_items_only_on_every_output():
     loss([logits, logits[..., ::2, ::2]], [target, target[..., ::2, ::2]])
     assert loss.mask_loss.seen == [1, 1]
     torch.testing.assert_close(loss.terms[0], logits[3:].square().mean().detach())
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+def test_what_a_mask_of_some_classes_leaves_blank_is_told_apart_by_the_marginal_loss_alone(progress):
+    logits, target, components = batch(masked=4)
+    partial, listed = target[:, 0] == 0, torch.ones(4, 3, dtype=torch.bool)
+    target[target == 0] = IGNORE
+    listed[:, 2] = False
+    annotations = known(partial=partial, listed=listed)
+    loss = CombinedLoss(Recorder(), DSPSettings(dsp_weight=0.0), IGNORE)
+    loss.set_progress(progress)
+    loss.knowledge = BatchKnowledge(annotations, 4, components, 8)
+    loss(logits, target)
+    allowed = torch.ones(4, 3, 8, 8, dtype=torch.bool)
+    allowed[:, 1] = False
+    torch.testing.assert_close(loss.terms[6], marginal_cross_entropy(logits, allowed, partial).detach())
+    assert loss.terms[5] == 0, "a pseudo-label would be the class not drawn, for ever"
+
+
+def test_in_the_warm_up_only_blank_voxels_of_partial_masks_have_the_marginal_loss():
+    logits, target, components = batch(masked=2)  # items 0 and 1 are weak
+    partial = torch.zeros(4, 8, 8, dtype=torch.bool)
+    partial[3] = target[3, 0] == 0
+    target[3][target[3] == 0] = IGNORE
+    listed = torch.ones(4, 3, dtype=torch.bool)
+    listed[3, 2] = False
+    annotations = known(partial=partial, listed=listed, tags=torch.tensor([[-1, 0, -1]] * 4, dtype=torch.int8))
+    loss = CombinedLoss(Recorder(), DSPSettings(dsp_weight=0.0), IGNORE)
+    loss.knowledge = BatchKnowledge(annotations, 2, components, 4)
+    loss(logits, target)
+    allowed = torch.ones(4, 3, 8, 8, dtype=torch.bool)
+    allowed[:, 1] = False
+    torch.testing.assert_close(loss.terms[6], marginal_cross_entropy(logits, allowed, partial).detach())
 
 
 def test_a_batch_without_masked_item_still_calls_the_mask_loss_so_that_ddp_stays_in_step():

@@ -107,6 +107,32 @@ def test_batches_hold_the_stated_share_of_masked_cases(dataset, fraction, batch_
     assert masked / (200 * batch_size) == pytest.approx(fraction, abs=0.05)
 
 
+@pytest.mark.parametrize(("batch_size", "fraction", "shares"), [(2, 0.5, (1 / 2, 1 / 2)), (4, 0.25, (1 / 3, 1 / 2))])
+def test_a_group_of_one_item_is_centred_on_foreground_as_often_as_one_of_two(dataset, batch_size, fraction, shares):
+    drawn = loader(dataset, batch_size=batch_size, masked_fraction=fraction)
+    np.random.seed(0)
+    asked = []
+    for _ in range(300):
+        drawn._num_masked = drawn._draw_num_masked()
+        asked.append([drawn.get_do_oversample(item) for item in range(batch_size)])
+    weak, masked = np.split(np.asarray(asked), [int(batch_size * (1 - fraction))], axis=1)
+    assert (weak.mean(), masked.mean()) == pytest.approx(shares, abs=0.07)
+
+
+def test_annotations_far_from_a_partial_mask_are_seen_too(tmp_path):
+    target = np.full((1, 96, 96), IGNORE, np.int16)
+    target[0, :12, :12] = 0
+    target[0, 4:8, 4:8] = 1
+    save_case(tmp_path, "partly", np.zeros((1, 96, 96)), target)
+    said = Annotations(shape=(96, 96), points=(Point("nucleus", (80, 80)),))
+    drawn = loader(
+        nnUNetDatasetBlosc2(str(tmp_path)), {"partly": map_case(said, NAMES, frame((1, 96, 96)))}, weak_cases=[]
+    )
+    np.random.seed(0)
+    shown = sum(len(AnnotationBatch.from_list(next(drawn)["annotations"]).points) for _ in range(50))
+    assert 15 <= shown <= 35, "of 200 patches one in four is centred on foreground, of these every other one on the point"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_weak_cases_wait_for_the_warm_ups_last_batch_whoever_draws_it(dataset, workers):
     for worker in range(workers):

@@ -113,6 +113,28 @@ def test_the_pseudo_label_loss_leaves_the_first_items_out_and_the_marginal_does_
     assert not gradients[0][0].any()
 
 
+@pytest.mark.parametrize("block", [2**20, 24], ids=["in one piece", "in blocks"])
+@pytest.mark.parametrize("with_boxes", [False, True])
+def test_where_masks_are_partial_no_pseudo_label_counts_and_the_marginal_loss_stays(with_boxes, block, monkeypatch):
+    monkeypatch.setattr(blocks, "_BLOCK", block)
+    batch = oracle.random_batch(6, (5, 6), 4)
+    logits, allowed = to_logits(batch), allowed_of(batch)
+    where, partial = (torch.rand(2, 5, 6) < 0.8 for _ in range(2))
+    boxes = box_cover(to_annotations(batch), 4, (5, 6)) if with_boxes else None
+    plain = set_losses(logits, allowed, where, boxes)
+    ours = set_losses(logits, allowed, where, boxes, apart=True, partial=partial)
+    assert torch.equal(ours.counts, plain.counts & ~partial)
+    logits_of = F.cross_entropy(logits, ours.label.long(), reduction="none")
+    expected = (logits_of * ours.counts).sum() / ours.counts.sum()
+    torch.testing.assert_close(ours.pseudo_label, expected)
+    open_ones = where & ~ours.counts
+    marginal = marginal_cross_entropy(logits, allowed, open_ones) * open_ones.sum() / where.sum()
+    torch.testing.assert_close(ours.marginal, marginal)
+    for one, other in ((ours.pseudo_label, expected), (ours.marginal, marginal)):
+        gradients = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (one, other))
+        torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("with_boxes", [False, True])
 @pytest.mark.parametrize("block", [2**20, 24], ids=["in one piece", "in blocks"])
