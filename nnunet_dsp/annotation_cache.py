@@ -21,7 +21,7 @@ from nnunet_dsp import __version__
 from nnunet_dsp.patch_annotations import CaseAnnotations
 
 CACHE_FOLDER = "nnunet_dsp_cache"
-_FORMAT = 1
+_FORMAT = 2  # 1: boxes with fractions covered the space between these
 _PER_CASE = ("shape", "tags", "complete_boxes", "listed")
 _PER_POINT = ("points", "point_class")
 _PER_BOX = ("boxes", "box_class", "box_tight")

@@ -44,13 +44,19 @@ class CombinedLoss(nn.Module):
         mask_loss: nnU-Net's, deep supervision included.
         settings: weights, schedules and variant.
         ignore_label: the dataset's, or None.
+        gathers: the mask loss gathers each item's sums from all ranks (a Dice over the batch, with DDP). All ranks must
+            then hand it as many items, so it gets the whole batch, `ignore` all over where an item is not meant; in
+            a Dice over the batch these count for nothing.
     """
 
-    def __init__(self, mask_loss: nn.Module, settings: DSPSettings, ignore_label: int | None) -> None:
+    def __init__(
+        self, mask_loss: nn.Module, settings: DSPSettings, ignore_label: int | None, gathers: bool = False
+    ) -> None:
         super().__init__()
         self.mask_loss = mask_loss
         self.settings = settings
         self.ignore_label = ignore_label
+        self.gathers = gathers
         self.knowledge: BatchKnowledge | None = None
         self.warmed_up = False
         self.dsp_weight = settings.dsp_weight
@@ -159,8 +165,9 @@ class CombinedLoss(nn.Module):
         if num_weak == 0 and not (dist.is_available() and dist.is_initialized()):
             return outputs[0].new_zeros((), dtype=torch.float32)
         # Without weak items the whole batch goes in, blank: the value is constant, and DDP's gathering stays in step.
-        number = num_weak or outputs[0].shape[0]
-        counts = of_sets.counts[:number, None] & (num_weak > 0)
+        number = outputs[0].shape[0] if self.gathers else num_weak or outputs[0].shape[0]
+        counts = of_sets.counts[:number, None].clone()
+        counts[num_weak:] = False
         full = torch.where(counts, of_sets.label[:number, None].float(), float(self.ignore_label or 0))
         shrunk = [F.interpolate(full, o.shape[2:], mode="nearest-exact").to(dtype) for o in outputs]  # as nnU-Net does
         outputs = [o[:number] for o in outputs]
@@ -173,7 +180,7 @@ class CombinedLoss(nn.Module):
     ) -> Tensor:
         first = (output[0] if isinstance(output, (list, tuple)) else output).shape[0] - num_masked
         # without any masked item the whole batch goes in: the value is constant, and DDP's gathering stays in step
-        if 0 < first and num_masked > 0:
+        if 0 < first and num_masked > 0 and not self.gathers:
             output = [o[first:] for o in output] if isinstance(output, (list, tuple)) else output[first:]
             target = [t[first:] for t in target] if isinstance(target, (list, tuple)) else target[first:]
         result: Tensor = self.mask_loss(output, target)

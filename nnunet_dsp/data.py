@@ -41,8 +41,8 @@ class DSPDataLoader(nnUNetDataLoader):
 
     Cases with at least one annotated mask voxel are *masked*, the others *weak*. A batch holds a stated share of
     masked cases, at its end; the rest are weak. Patches of weak cases are centred on a random point or box as often
-    as nnU-Net centres those of masked cases on foreground, and lie anywhere otherwise. Of the latter's, half are centred
-    on the case's points and boxes, where it has any.
+    as nnU-Net centres those of masked cases on foreground, and lie anywhere otherwise. Where a masked case has points
+    or boxes too, half of its patches with foreground are centred on these.
 
     The batch has, beside nnU-Net's entries:
         annotations: list of tensors, see AnnotationBatch.from_list.
@@ -194,7 +194,7 @@ class DSPDataLoader(nnUNetDataLoader):
             segmentation = segmentation.clone()
             segmentation[0][segmentation[0] == 0] = self._ignored_value
         sample: dict[str, Any] = {"image": image, "segmentation": segmentation}
-        if (case is not None and case.needs_map) or (weak and self._sticks_out(start, image.shape[1:], shape)):
+        if weak or (case is not None and case.needs_map):  # weak: padding, the transforms' own too, counts for nothing
             sample["regression_target"] = coordinate_channels(start, image.shape[1:], dim)
         mapped = "regression_target" in sample
         if self._augment is not None:
@@ -224,11 +224,6 @@ class DSPDataLoader(nnUNetDataLoader):
         if self._with_components:
             self._components.append(None if weak else mask_components(target, self._ignore_label))
         return sample
-
-    @staticmethod
-    def _sticks_out(start: Sequence[int], crop: Sequence[int], shape: Sequence[int]) -> bool:
-        axes = range(3 - len(crop), 3)
-        return any(start[a] < 0 or start[a] + c > shape[a] for a, c in zip(axes, crop, strict=True))
 
     # --- the batch
 

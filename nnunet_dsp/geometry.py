@@ -67,9 +67,10 @@ class CaseFrame:
     def boxes(self, raw: FloatArray) -> FloatArray:
         """Raw half-open boxes, (N, 2, 3), as the spans they cover in the case, (N, 2, 3), between voxel faces.
 
-        A raw box [start, stop) covers the space from ``start - 0.5`` to ``stop - 0.5``; so does the result.
+        A raw box [start, stop) holds the voxels v with start <= v < stop, and covers the space between the outer faces
+        of these; so does the result.
         """
-        faces = raw - 0.5
+        faces = np.ceil(raw) - 0.5
         return np.stack([self.points(faces[:, 0]), self.points(faces[:, 1])], axis=1)
 
 

@@ -40,9 +40,9 @@ class _SetReductions(torch.autograd.Function):
 
     forward(logits (B, C, R, W), allowed (B, C, R, W) bool, where (B, 1, R, W) bool, in_box (B, 1, R, W) bool or None,
     boxed (B, C) bool or None, partial (B, 1, R, W) bool or None, first, apart) returns the sum over `where` of
-    lse - lse_allowed, with `apart` without the voxels whose pseudo-label counts; the sum of lse - (largest allowed logit) over the latter from item `first` on; the
-    number of these; the pseudo-labels and where they count, both (B, 1, R, W). lse is the logarithm of the sum of the
-    exponentials.
+    lse - lse_allowed, with `apart` without the voxels whose pseudo-label counts; the sum of lse - (largest allowed
+    logit) over the latter from item `first` on; the number of these; the pseudo-labels and where they count, both
+    (B, 1, R, W). lse is the logarithm of the sum of the exponentials.
     """
 
     @staticmethod

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from nnunet_dsp.settings_base import one_of, settings_from_plans
+from nnunet_dsp.settings_base import number, one_of, settings_from_plans, whole_number
 
 PLANS_KEY = "nnunet_dsp"
 
@@ -71,19 +71,23 @@ class DSPSettings:
         one_of("pseudo_label_loss", self.pseudo_label_loss, ("nnunet", "cross_entropy"))
         one_of("pseudo_labels_in_boxes", self.pseudo_labels_in_boxes, ("boxed", "all"))
         for name in ("pseudo_label_warmup", "masked_fraction"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"Expected setting `{name}` to lie in [0, 1], but got {value}.")
+            number(name, getattr(self, name))
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Expected setting `{name}` to lie in [0, 1], but got {getattr(self, name)}.")
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_weight") and not 0 <= value < float("inf"):
-                raise ValueError(f"Expected setting `{field.name}` to be a finite number of at least 0, got {value}.")
-        if self.num_prototypes < 1:
-            raise ValueError(f"Expected setting `num_prototypes` to be at least 1, but got {self.num_prototypes}.")
-        if not self.temperature > 0:
+            if field.name.endswith("_weight"):
+                number(field.name, getattr(self, field.name))
+                if getattr(self, field.name) < 0:
+                    raise ValueError(
+                        f"Expected setting `{field.name}` to be at least 0, but got {getattr(self, field.name)}."
+                    )
+        whole_number("num_prototypes", self.num_prototypes, 1)
+        whole_number("embedding_channels", self.embedding_channels, 0)
+        number("temperature", self.temperature)
+        if self.temperature <= 0:
             raise ValueError(f"Expected setting `temperature` to be above 0, but got {self.temperature}.")
-        if self.embedding_channels < 0:
-            raise ValueError(f"Expected setting `embedding_channels` to be at least 0, got {self.embedding_channels}.")
+        if self.seed is not None:
+            whole_number("seed", self.seed, 0)
         if not isinstance(self.prototypes_from_prompt, bool):
             raise ValueError(
                 f"Expected setting `prototypes_from_prompt` to be true or false, got {self.prototypes_from_prompt!r}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -40,6 +41,12 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """ValueError unless a setting is one of the choices."""
     if value not in choices:
         raise ValueError(f"Expected setting `{name}` to be one of {', '.join(choices)}, but got {value!r}.")
+
+
+def number(name: str, value: Any) -> None:
+    """ValueError unless a setting is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"Expected setting `{name}` to be a finite number, but got {value!r}.")
 
 
 def whole_number(name: str, value: Any, least: int) -> None:

@@ -19,16 +19,20 @@ def seed_from_environment() -> int | None:
     """The environment variable nnUNet_dsp_seed, None where it is unset or empty.
 
     Raises:
-        ValueError: it is no whole number.
+        ValueError: it is no whole number of 0 or more.
     """
     value = os.environ.get(SEED_VARIABLE)
     if not value:
         return None
     try:
-        return int(value)
+        seed = int(value)
     except ValueError:
-        message = f"Expected the environment variable {SEED_VARIABLE} to be a whole number, but got {value!r}."
-        raise ValueError(message) from None
+        seed = -1
+    if seed < 0:
+        raise ValueError(
+            f"Expected the environment variable {SEED_VARIABLE} to be a whole number from 0 on, but got {value!r}."
+        )
+    return seed
 
 
 class LossTerms:

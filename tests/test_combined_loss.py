@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from torch import nn
 
 from nnunet_dsp.batch import AnnotationBatch
@@ -319,3 +320,21 @@ def test_a_batch_without_weak_items_keeps_ddp_in_step_without_teaching(monkeypat
         loss(logits, target)
         assert len(loss.mask_loss.targets) == calls
         assert not distributed or (loss.mask_loss.targets[1] == IGNORE).all()
+
+
+@pytest.mark.parametrize("masked", [0, 1, 3, 4])
+def test_a_dice_gathered_over_ranks_sees_the_whole_batch_and_comes_to_the_same(masked):
+    logits, target, components = batch(masked=masked)
+    target[:, :, ::3] = IGNORE
+    values = []
+    for gathers in (False, True):
+        seen = []
+        mask_loss = DC_and_CE_loss({"batch_dice": True, "ddp": False}, {}, ignore_label=IGNORE)
+        mask_loss.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0].shape[0]))
+        loss = CombinedLoss(mask_loss, DSPSettings(dsp_weight=0.0, marginal_weight=0.0), IGNORE, gathers)
+        loss.knowledge = BatchKnowledge(known(), masked, components, 2 * masked)
+        loss.warmed_up = True
+        total = loss(logits, target)
+        values.append((total, *torch.autograd.grad(total, logits)))
+    assert set(seen) == {4}
+    torch.testing.assert_close(*values)

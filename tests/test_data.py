@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -130,7 +131,7 @@ def test_annotations_far_from_a_partial_mask_are_seen_too(tmp_path):
     )
     np.random.seed(0)
     shown = sum(len(AnnotationBatch.from_list(next(drawn)["annotations"]).points) for _ in range(50))
-    assert 15 <= shown <= 35, "of 200 patches one in four is centred on foreground, of these every other one on the point"
+    assert 15 <= shown <= 35, "one in four of 200 patches is centred on foreground, half of these on the point"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -177,6 +178,24 @@ def test_weak_cases_are_drawn_without_a_warning_and_stay_ignored_even_where_padd
             assert (weak == IGNORE).all()
             outside = AnnotationBatch.from_list(batch["annotations"]).outside
             assert outside[: 4 - batch["num_masked"]].any(), "56 voxels of patch around 40 of image: padding"
+
+
+def test_padding_that_the_augmentation_makes_inside_the_image_counts_for_nothing_either(tmp_path):
+    shape = (1, 90, 90)
+    save_case(tmp_path, "weak_a", np.ones(shape), np.full(shape, IGNORE, np.int16))
+    drawn = loader(nnUNetDatasetBlosc2(str(tmp_path)), patch=(24, 24), crop=(24, 24), augment=True)
+    spatial = nnUNetTrainer.get_training_transforms((24, 24), (-np.pi, np.pi), None, (0, 1), False).transforms[0]
+    drawn._augment = ComposeTransforms([spatial])  # no noise, so that padding is what is 0
+    np.random.seed(0)
+    torch.manual_seed(0)
+    padded = 0
+    for _ in range(20):
+        batch = next(drawn)
+        blank = batch["data"][:, 0] == 0
+        outside = AnnotationBatch.from_list(batch["annotations"]).outside
+        assert not blank.any() or bool(outside[blank].all())
+        padded += int(blank.any())
+    assert padded > 5
 
 
 def test_patches_are_centred_on_different_annotations_and_not_on_always_the_same_one(dataset):

@@ -72,6 +72,12 @@ def test_a_raw_box_lies_where_preprocessing_puts_its_painted_voxels(transpose, t
     np.testing.assert_allclose(painted.max(axis=0) + 0.5, span[1], atol=0.51)
 
 
+def test_a_box_with_fractions_holds_the_voxels_from_its_start_up_to_its_stop():
+    frame = CaseFrame((0, 1, 2), np.zeros(3), np.ones(3), np.array([1, 12, 12]))
+    (span,) = frame.boxes(np.array([[[0.0, 3.4, 4], [1, 4.4, 4.1]]]))
+    np.testing.assert_array_equal(span, [[-0.5, 3.5, 3.5], [0.5, 4.5, 4.5]])
+
+
 def test_a_raw_point_lies_at_the_centre_of_its_painted_ball():
     shape, spacing, transpose = (40, 44, 36), [1.0, 1.0, 1.0], [2, 0, 1]
     inside = np.zeros(shape, bool)

@@ -125,7 +125,8 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
                 "than three stages. nnU-Net's deep supervision leaves out the lowest output, so none would be left, "
                 "and the loss would be nan. Plan for larger patches, or give `nnunet_dsp plans` more --features."
             )
-        return CombinedLoss(super()._build_loss(), self.settings, self.label_manager.ignore_label)
+        gathers = self.is_ddp and self.configuration_manager.batch_dice
+        return CombinedLoss(super()._build_loss(), self.settings, self.label_manager.ignore_label, gathers)
 
     def initialize(self) -> None:
         if self.settings.seed is not None:
@@ -174,6 +175,7 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
             return training, validation
         masked_validation = [case for case in validation if case not in set(weak)]
         training = [*dict.fromkeys([*training, *weak])]
+        self._refuse_fold_without_masks(training, masked_validation, weak)
         if not masked_validation:
             masked_validation = [case for case in training if case not in set(weak)]
             if masked_validation:
@@ -188,6 +190,15 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
             f"{len(training)} training and {len(masked_validation)} validation cases."
         )
         return training, masked_validation
+
+    def _refuse_fold_without_masks(self, training: list[str], validation: list[str], weak: list[str]) -> None:
+        """A training on weak cases alone confirms its own errors; where there are masks, nobody means it."""
+        if validation and set(training) <= set(weak):
+            raise ValueError(
+                f"Fold {self.fold} of {Path(self.preprocessed_dataset_folder_base) / 'splits_final.json'} validates on "
+                f"all cases with masks ({', '.join(validation[:5])}) and leaves none to train on. Remove the file, and "
+                "a split of the masked cases is made, or train another fold, or `all`."
+            )
 
     def _make_split_file(self, masked: list[str], weak: list[str]) -> None:
         file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
@@ -210,7 +221,7 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
 
     # --- annotations and loaders
 
-    def _read_annotations(self, dataset: Any) -> dict[str, CaseAnnotations]:
+    def _sync_annotations(self) -> None:
         base = Path(self.preprocessed_dataset_folder_base)
         if self.local_rank == 0 and nnUNet_raw.is_set():
             raw = Path(nnUNet_raw) / self.plans_manager.dataset_name
@@ -218,6 +229,9 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
                 sync_annotations(raw, base)
         if self.is_ddp:
             dist.barrier()
+
+    def _read_annotations(self, dataset: Any) -> dict[str, CaseAnnotations]:
+        base = Path(self.preprocessed_dataset_folder_base)
         reader = self.plans_manager.image_reader_writer_class()
         weak = set(self._weak_cases(list(dataset.identifiers)))
 
@@ -228,7 +242,7 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
             file = mask_file(case)
             return None if case in weak or not file.is_file() else reader.read_seg(str(file))[0][0]
 
-        annotations = load_case_annotations(
+        return load_case_annotations(
             base / ANNOTATIONS_FOLDER,
             Path(self.preprocessed_dataset_folder),
             list(dataset.identifiers),
@@ -240,6 +254,26 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
             mask_file=mask_file,
             cache_file=self._cache_file(f"{Path(self.preprocessed_dataset_folder).name}.annotations.npz"),
         )
+
+    def _partial_masks(self, dataset: Any) -> dict[str, CaseAnnotations]:
+        """The annotations of validation cases whose masks show some of the classes only."""
+        found = {case: said for case, said in self._read_annotations(dataset).items() if not said.listed.all()}
+        if found:
+            self.print_to_log_file(
+                f"WARNING: the masks of {len(found)} validation cases show some of the classes only (`mask_labels`). "
+                "The loss and the pseudo Dice leave out what they leave blank; nnU-Net's final validation counts it as "
+                "background, so the Dice of the other classes in summary.json is too low."
+            )
+        return found
+
+    def _describe(self, dataset: Any, annotations: dict[str, CaseAnnotations]) -> None:
+        """What the training sees, into the log.
+
+        Raises:
+            ValueError: cases without mask would be normalised otherwise than the others.
+        """
+        base = Path(self.preprocessed_dataset_folder_base)
+        weak = set(self._weak_cases(list(dataset.identifiers)))
         both = sum(case not in weak for case in annotations)
         self.print_to_log_file(
             f"Training on {len(dataset.identifiers) - len(weak)} cases with masks ({both} of them with further "
@@ -259,7 +293,15 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
                 "(nnU-Net #3055), and CT normalisation uses them. Run `nnunet_dsp prepare -d "
                 f"{self.plans_manager.dataset_name}` and nnUNetv2_plan_and_preprocess again."
             )
-        return annotations
+        if weak and any(self.configuration_manager.use_mask_for_norm):
+            plans, configuration = self.plans_manager.plans_name, self.configuration_name
+            raise ValueError(
+                f"{plans} normalises the images of {configuration} by what lies inside the head or body "
+                "(`use_mask_for_norm`). nnU-Net takes that from the label files, and finds nothing outside where they "
+                f"are `ignore` all over: the {len(weak)} cases without mask would not look as the others do. Set "
+                f"`use_mask_for_norm` to false for each channel in {base / (plans + '.json')}, and preprocess again: "
+                f"nnUNetv2_preprocess -d {self.plans_manager.dataset_name} -plans_name {plans} -c {configuration}"
+            )
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         if self.dataset_class is None:
@@ -283,6 +325,9 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
         )
         transforms_val = self.get_validation_transforms(scales, ignore_label=labels.ignore_label, **common)
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
+        self._sync_annotations()
+        annotations = self._read_annotations(dataset_tr)
+        self._describe(dataset_tr, annotations)
         settings = self.settings
         num_workers = get_allowed_n_proc_DA()
         workers_val = max(1, num_workers // 2)
@@ -290,7 +335,7 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
             dataset_tr,
             initial_patch_size,
             transforms_tr,
-            annotations=self._read_annotations(dataset_tr),
+            annotations=annotations,
             with_components=settings.dsp_weight > 0 and settings.mask_weight > 0,
             first_batch=self.current_epoch * self.num_iterations_per_epoch,
             masked_batches=self._masked_batches(),
@@ -301,7 +346,7 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
             dataset_val,
             patch_size,
             transforms_val,
-            annotations={},
+            annotations=self._partial_masks(dataset_val),
             first_batch=self.current_epoch * self.num_val_iterations_per_epoch,
             num_workers=workers_val,
             stream=2 * self.local_rank + 1,

@@ -79,6 +79,8 @@ class CRACSettings:
             whole_number(name, getattr(self, name), least)
         if self.min_size is not None:
             whole_number("min_size", self.min_size, 0)
+        if self.seed is not None:
+            whole_number("seed", self.seed, 0)
 
     @classmethod
     def from_plans(

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -122,6 +123,13 @@ def test_weak_cases_train_in_every_fold_and_validate_in_none(tiny, existing):
     if not existing:
         assert validated == masked, "every masked case validates once"
         assert all(set(split["train"]) >= WEAK for split in json.loads(file.read_text()))
+
+
+def test_a_split_that_leaves_no_mask_to_train_on_is_refused(tiny):
+    masked = [f"masked_{n}" for n in range(4)]
+    (tiny.base / "splits_final.json").write_text(json.dumps([{"train": [], "val": [*masked, "weak_0"]}]))
+    with pytest.raises(ValueError, match=r"splits_final.json validates on all cases with masks \(masked_0, masked_1"):
+        tiny.trainer(nnUNetTrainerDSP).do_split()
 
 
 def test_fold_all_trains_on_everything_and_validates_on_the_masked_cases(tiny):
@@ -296,3 +304,27 @@ def test_a_fingerprint_that_counts_ignored_voxels_is_warned_about_where_ct_norma
     trainer.on_train_start()
     log = "".join(path.read_text() for path in (tiny.base.parents[1] / "results").rglob("training_log*.txt"))
     assert "#3055" in log
+
+
+def test_normalisation_by_what_label_files_leave_out_is_refused_where_cases_have_no_mask(tiny):
+    plans = tiny.trainer(nnUNetTrainerDSP).plans_manager.plans
+    plans["configurations"]["2d"]["use_mask_for_norm"] = [True]
+    trainer = tiny.trainer(nnUNetTrainerDSP, configurations=plans["configurations"])
+    with pytest.raises(ValueError, match="the 3 cases without mask would not look .* Set `use_mask_for_norm` to false"):
+        trainer.on_train_start()
+
+
+def test_validation_leaves_out_what_the_mask_of_some_classes_leaves_blank(tiny):
+    for case in ("partly_0", "partly_1"):
+        tiny.add(case, weak=False, said={"mask_labels": ["cell"]})
+        file = tiny.base / "gt_segmentations" / f"{case}.nii.gz"
+        sitk.WriteImage(sitk.ReadImage(file) == 1, file)  # nobody drew the nuclei
+    (tiny.base / "splits_final.json").write_text(json.dumps([{"train": ["masked_2"], "val": ["partly_0", "partly_1"]}]))
+    trainer = tiny.trainer(nnUNetTrainerDSP)
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_val)
+    target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+    assert (target == 3).any()
+    assert (batch["data"][target == 0] == 0).all(), "nnU-Net's padding is background"
+    log = "".join(path.read_text() for path in (tiny.base.parents[1] / "results").rglob("training_log*.txt"))
+    assert "the masks of 2 validation cases show some of the classes only (`mask_labels`)" in log
