@@ -96,6 +96,9 @@ def map_case(annotations: Annotations, labels: LabelNames, frame: CaseFrame) -> 
     tags[indices(annotations.present)] = PRESENT
     tags[indices(annotations.absent)] = ABSENT
 
+    kept = ((points >= -0.5) & (points <= frame.shape - 0.5)).all(axis=1)  # the others nnU-Net cropped off with zeros
+    points, point_class = points[kept], point_class[kept]
+
     complete_boxes = np.zeros(num_classes, dtype=np.bool_)
     complete_boxes[indices(annotations.complete_boxes)] = True
     listed = np.ones(num_classes, dtype=np.bool_)

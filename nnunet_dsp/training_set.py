@@ -38,9 +38,8 @@ _SHOWN_PROBLEMS = 10
 
 
 def is_weak(properties: Mapping[str, Any], annotated_key: tuple[int, ...]) -> bool:
-    """Whether no voxel of a case's mask is annotated, by the class locations that nnU-Net stored with it."""
-    locations = properties.get("class_locations", {})
-    return annotated_key in locations and len(locations[annotated_key]) == 0
+    """Whether no voxel of a case's mask is annotated, by the class locations that nnU-Net stored with it; KeyError."""
+    return len(properties["class_locations"][annotated_key]) == 0
 
 
 def find_weak_cases(
@@ -53,6 +52,9 @@ def find_weak_cases(
         cases: the cases in question.
         annotated_key: what nnU-Net calls the places of all labels but the ignore label in "class_locations".
         cache_file: what was found before, and where to keep it; None: nowhere.
+
+    Raises:
+        ValueError: a case was preprocessed with other labels.
     """
     known = read_flags(cache_file) if cache_file is not None else {}
     flags: dict[str, tuple[str, bool]] = {}
@@ -62,7 +64,13 @@ def find_weak_cases(
         if stored is not None and stored[0] == key:
             flags[case] = stored
         else:
-            flags[case] = (key, is_weak(load_pickle(str(folder / f"{case}.pkl")), annotated_key))
+            try:
+                flags[case] = (key, is_weak(load_pickle(str(folder / f"{case}.pkl")), annotated_key))
+            except KeyError:
+                raise ValueError(
+                    f"{folder / case}.pkl was preprocessed with other labels than dataset.json has now, perhaps before "
+                    "the ignore label was declared. Run nnUNetv2_preprocess again."
+                ) from None
     if cache_file is not None and flags != known:
         write_flags(cache_file, flags)
     return [case for case, (_, weak) in flags.items() if weak]

@@ -163,3 +163,8 @@ def test_weak_cases_are_found_once(dataset, monkeypatch):
     file.write_text('{"a": 3}')
     monkeypatch.undo()
     assert find_weak_cases(dataset / "stored", CASES, key, file) == ["c"]
+
+
+def test_cases_preprocessed_before_the_ignore_label_was_declared_are_named(dataset):
+    with pytest.raises(ValueError, match=r"a.pkl was preprocessed with other labels .* Run nnUNetv2_preprocess again"):
+        find_weak_cases(dataset / "stored", CASES, (-1, 0, 1, 2, 3))

@@ -253,6 +253,14 @@ def test_present_holds_only_where_the_patch_shows_everything_or_the_object_itsel
     assert tags((8, 8), (12, 12)) == [UNKNOWN, UNKNOWN, UNKNOWN]
 
 
+def test_a_point_that_preprocessing_cropped_off_shows_nothing_but_keeps_its_class_from_being_absent():
+    said = Annotations(shape=(40, 48), points=(Point("nucleus", (2, 30)),), complete_points=("cell", "nucleus"))
+    cropped = CaseFrame((0, 1, 2), np.array([0.0, 5, 0]), np.ones(3), np.array([1, 35, 48]))
+    case = map_case(said, NAMES, cropped)
+    assert len(case.points) == 0 and len(case.point_class) == 0
+    assert case.tags.tolist() == [UNKNOWN, ABSENT, UNKNOWN]
+
+
 def test_a_mask_that_shows_the_class_keeps_its_tag():
     case = map_case(Annotations(shape=(20, 20), present=("cell",)), NAMES, frame((1, 20, 20)))
     patch = PatchMap(coordinate_channels((0, 5, 5), (8, 8), 2), (1, 20, 20))
