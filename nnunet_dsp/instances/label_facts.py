@@ -35,7 +35,8 @@ def label_facts(
     """Look at every label image once.
 
     Args:
-        segmentations: (1, z, y, x) ids, 0 background, negative outside the image.
+        segmentations: (1, z, y, x) ids of preprocessed cases, 0 background. So is -1, as in the loader: nnU-Net writes
+            it over the 0 of labels where the image is 0, too, outside of what it shows.
         ignore_label: value of what nobody labelled, or None.
         slicewise: instances are those of a slice, as a 2D network sees them.
         complete_instances: labelled instances are labelled completely; if not, their sizes say nothing.
@@ -43,12 +44,11 @@ def label_facts(
     background = labelled = 0
     sizes: list[npt.NDArray[np.int64]] = []
     for segmentation in segmentations:
-        known = segmentation >= 0
-        if ignore_label is not None:
-            known &= segmentation != ignore_label
-        background += int((known & (segmentation == 0)).sum())
+        known = np.ones(segmentation.shape, np.bool_) if ignore_label is None else segmentation != ignore_label
+        inside = known & (segmentation > 0)
+        background += int((known & ~inside).sum())
         labelled += int(known.sum())
-        ids = np.where(known, segmentation, 0)[0]
+        ids = np.where(inside, segmentation, 0)[0]
         for part in ids if slicewise else [ids]:
             of_part = np.bincount(part.ravel())[1:]
             sizes.append(of_part[of_part > 0])

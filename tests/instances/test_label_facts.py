@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
 from nnunet_dsp.instances.label_facts import DEFAULT_MIN_SIZE, label_facts
 
@@ -42,5 +43,18 @@ def test_background_counts_when_there_is_more_than_a_few_voxels_of_it(background
     labels = image([1000])
     labels[..., :background] = 0
     assert label_facts([labels], IGNORE).background_labelled is expected
-    outside = np.where(labels == 0, -1, labels)
-    assert not label_facts([outside], IGNORE).background_labelled, "what lies outside the image is no background"
+    black = np.where(labels == 0, -1, labels)
+    assert label_facts([black], IGNORE).background_labelled is expected, "labelled 0 where the image is 0, says nnU-Net"
+
+
+def test_background_labelled_where_the_image_is_black_is_background():
+    """nnU-Net's own preprocessing makes the labels."""
+    shape = (1, 1, 40, 40)
+    labels = np.zeros(shape, np.int16)
+    labels[..., 2:10, 2:10], labels[..., 30:38, 30:38], labels[..., 30:38, 2:10] = 1, 2, IGNORE
+    _, cropped, _ = crop_to_nonzero(np.where(np.isin(labels, (1, 2)), 1, 0).astype(np.float32), labels.copy())
+    assert set(np.unique(cropped)) == {-1, 1, 2, IGNORE}
+    assert label_facts([cropped], IGNORE).background_labelled
+    labels[labels == 0] = IGNORE
+    _, cropped, _ = crop_to_nonzero(np.where(np.isin(labels, (1, 2)), 1, 0).astype(np.float32), labels.copy())
+    assert not label_facts([cropped], IGNORE).background_labelled

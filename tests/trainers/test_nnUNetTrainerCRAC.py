@@ -42,8 +42,11 @@ class Instances:
             "regions_class_order": [1],
         }
 
-    def add(self, case, seed, sparse=True):
-        """Six cells with membranes between them; with `sparse` two are labelled, else all and the membranes too."""
+    def add(self, case, seed, sparse=True, black=False):
+        """Six cells with membranes between them; with `sparse` two are labelled, else all and the membranes too.
+
+        With `black` the membranes are 0 in the image, and their labels -1, as nnU-Net's preprocessing has it.
+        """
         rng = np.random.default_rng(seed)
         shape = self.tiny.shape
         flat = shape[-2:]
@@ -58,6 +61,10 @@ class Instances:
         if sparse:
             kept = np.unique(truth)[1:3]
             seg[~np.isin(seg, kept)] = IGNORE
+        gt = seg.copy()
+        if black:
+            image[truth == 0] = 0
+            seg[seg == 0] = -1
         properties = {
             "class_locations": {
                 IDS: np.argwhere(np.isin(seg[None], IDS)), (-1, 0, *IDS): np.argwhere(seg[None] != IGNORE),
@@ -74,7 +81,7 @@ class Instances:
             chunks=blocks, blocks=blocks,
         )  # fmt: skip
         file = self.tiny.base / "gt_segmentations" / f"{case}.nii.gz"
-        sitk.WriteImage(sitk.GetImageFromArray(seg.astype(np.uint16)), file)
+        sitk.WriteImage(sitk.GetImageFromArray(gt.astype(np.uint16)), file)
 
     def trainer(self, trainer_class=nnUNetTrainerCRAC, fold=0, iterations=2, **settings):
         trainer = self.tiny.trainer(trainer_class, fold, None, iterations, nnunet_dsp_crac=settings)
@@ -169,18 +176,21 @@ def test_the_model_says_how_small_an_instance_may_be(instances, said):
     assert f"less than {expected} voxels" in log_of(instances)
 
 
+@pytest.mark.parametrize("black", [False, True])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_the_foreground_is_learnt_only_where_background_is_labelled(tiny, sparse):
+def test_the_foreground_is_learnt_only_where_background_is_labelled(tiny, sparse, black):
     dataset = Instances(tiny)
     for number in range(6):
-        dataset.add(f"case_{number}", number, sparse=sparse)
+        dataset.add(f"case_{number}", number, sparse=sparse, black=black)
     trainer = dataset.trainer()
     trainer.on_train_start()
     assert bool(trainer.network.foreground_learnt) is not sparse
     assert trainer.loss.foreground_learnt is not sparse
     assert ("label no background" in log_of(dataset)) is sparse
     trainer.on_train_epoch_start()
-    assert (trainer.train_step(next(trainer.dataloader_train))["foreground"] > 0) is not sparse
+    batch = next(trainer.dataloader_train)
+    assert batch["target"].min() == 0, "what nnU-Net marks with -1 is background in the batch"
+    assert (trainer.train_step(batch)["foreground"] > 0) is not sparse
 
 
 @pytest.mark.parametrize("tiny", [2, 3], indirect=True)
