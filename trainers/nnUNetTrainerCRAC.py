@@ -245,7 +245,13 @@ class nnUNetTrainerCRAC(LossTerms, nnUNetTrainer):
                 "The training cases label no background, or next to none. The foreground cannot be learnt from them: "
                 "nnUNetv2_predict will show the voxels that belong to one of their neighbours."
             )
-        self.print_to_log_file(f"Instances of less than {self._min_size()} voxels will be left out of predictions.")
+        why = "" if self.settings.min_size is not None else (
+            " All but 5 % of the labelled instances are that large, and it is at most a quarter of their median size; "
+            "`instances predict --min-size` says otherwise."
+        )  # fmt: skip
+        self.print_to_log_file(
+            f"Instances of less than {self._min_size()} voxels will be left out of predictions.{why}"
+        )
         # in the plans that are saved with the model, where prediction finds it
         self.plans_manager.plans[PLANS_KEY]["min_size"] = self._min_size()
         if self.local_rank == 0:

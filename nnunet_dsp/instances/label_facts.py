@@ -12,13 +12,16 @@ from nnunet_dsp.dataset_conversion.instance_labels import LEAST_BACKGROUND
 
 DEFAULT_MIN_SIZE = 10  # where no instance is labelled, or none completely
 SMALLEST_SHARE = 0.05  # of the labelled instances that may be smaller than what prediction keeps
+MEDIAN_SHARE = 0.25  # of their median size that is kept at any rate: half an instance of half that size
 
 
 class LabelFacts(NamedTuple):
     """
     Attributes:
         background_labelled: enough background is labelled to learn from.
-        min_size: voxels; the size that all but 5 % of the labelled instances reach.
+        min_size: voxels; the size that all but 5 % of the labelled instances reach, and at most a quarter of their
+            median. Where all are about alike, 5 % below is hardly smaller than the median: what is found correctly but
+            for some voxels at its border must not be left out.
     """
 
     background_labelled: bool
@@ -55,7 +58,8 @@ def label_facts(
     found = np.concatenate(sizes) if sizes else np.empty(0)
     min_size = DEFAULT_MIN_SIZE
     if complete_instances and len(found):
-        min_size = max(1, int(np.percentile(found, 100 * SMALLEST_SHARE)))
+        reached = min(np.percentile(found, 100 * SMALLEST_SHARE), MEDIAN_SHARE * np.median(found))
+        min_size = max(1, int(reached))
     return LabelFacts(background > LEAST_BACKGROUND * labelled, min_size)
 
 

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VOXELS",
         type=int,
         help="leave out smaller instances, in voxels of the network's grid (default: the size that all but 5 %% of the "
-        "labelled training instances reach)",
+        "labelled training instances reach, but at most a quarter of their median)",
     )
     how.add_argument(
         "--no-foreground", action="store_true", help="decode everywhere, also where the network sees background"

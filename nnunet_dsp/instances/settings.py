@@ -35,7 +35,7 @@ class CRACSettings:
         released: the authors' code in two of its oddities: pseudo-labels carry gradients, and the short offsets' weight
             counts twice in the implicit affinities' consistency.
         min_size: voxels of the network's grid below which prediction leaves an instance out; None takes the size that
-            all but 5 % of the labelled training instances reach.
+            all but 5 % of the labelled training instances reach, but at most a quarter of their median.
         optimizer: "adam" (rate 1e-3, decaying), "released" (Adam as the authors have it: 1e-4 throughout, eps 0.01,
             amsgrad) or "sgd" (nnU-Net's own).
         epochs, iterations_per_epoch: length of the training; 0 keeps nnU-Net's.

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
+from nnunet_dsp.instances.decoders import relabel
 from nnunet_dsp.instances.label_facts import DEFAULT_MIN_SIZE, label_facts
+from nnunet_dsp.instances.measures import measure
 
 IGNORE = 99
 
@@ -23,9 +25,30 @@ def test_all_but_five_percent_of_the_labelled_instances_reach_the_size_that_is_k
     assert label_facts([image(sizes[:50]), image(sizes[50:])], IGNORE).min_size == 5, "of all cases together"
 
 
-@pytest.mark.parametrize(("slicewise", "expected"), [(True, 20), (False, 60)])
+@pytest.mark.parametrize(("slicewise", "expected"), [(True, 5), (False, 15)])
 def test_instances_of_a_volume_are_those_of_the_slices_for_a_2d_network(slicewise, expected):
     assert label_facts([image([20, 20], depth=3)], IGNORE, slicewise=slicewise).min_size == expected
+
+
+def test_where_instances_are_about_alike_those_found_nearly_whole_are_kept():
+    rows, columns = np.mgrid[:120, :120]
+    truth = np.zeros((120, 120), np.int16)
+    for number in range(9):
+        y, x = 20 + 40 * (number // 3), 20 + 40 * (number % 3)
+        truth[(rows - y) ** 2 + (columns - x) ** 2 < 144] = number + 1
+    found = truth.copy()
+    for number in range(1, 10):
+        found[tuple(np.argwhere(truth == number)[0])] = 0
+    min_size = label_facts([truth[None, None]], None, slicewise=True).min_size
+    assert measure(truth, relabel(found, min_size))["ap_50"] == 1
+    assert min_size == (truth == 1).sum() // 4, "and specks are left out"
+
+
+@pytest.mark.parametrize(("small", "expected"), [([44] * 7, 44), ([44, 44], 100)])
+def test_the_quarter_of_the_median_matters_only_where_sizes_hardly_differ(small, expected):
+    sizes = [*small, *[400] * 60, *[900] * 20]
+    assert bool(np.percentile(sizes, 5) > 100) is (len(small) == 2)
+    assert label_facts([image(sizes)], IGNORE).min_size == expected
 
 
 @pytest.mark.parametrize("value", [IGNORE, 0, -1])
