@@ -72,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def list_cases(folder: Path, ending: str, channels: int) -> dict[str, list[str]]:
-    """Image files by case, nnU-Net's rule: CASE_0000.ext, CASE_0001.ext, ...
+    """Image files by case, nnU-Net's rule: CASE_0000.ext, CASE_0001.ext, ..., or one file that holds all channels.
+
+    How many channels a single file holds (three, if it is a colour picture) its reader alone knows.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -88,10 +90,10 @@ def list_cases(folder: Path, ending: str, channels: int) -> dict[str, list[str]]
     if not cases:
         raise FileNotFoundError(f"{folder} holds no image named like CASE_0000{ending}, which this model reads.")
     for case, files in cases.items():
-        if len(files) != channels:
+        if len(files) not in (1, channels):
             raise ValueError(
-                f"{case}: the model reads {channels} channel(s), CASE_0000{ending} and so on, but {folder} holds "
-                f"{len(files)} file(s) of this case."
+                f"{case}: the model reads {channels} channel(s), CASE_0000{ending} and so on or one file with all of "
+                f"them, but {folder} holds {len(files)} file(s) of this case."
             )
     return cases
 
@@ -137,9 +139,12 @@ def _why_unreadable(files: list[str], reader_writer: Any, channels: int) -> str:
         image, _ = reader_writer().read_images(files)
     except Exception as error:
         return f"nnU-Net's reader says: {_one_line(error)}"
-    if image.shape[0] != channels:
-        return f"the model reads {channels} channel(s), but got {image.shape[0]}. Is it a colour picture?"
-    return ""
+    return "" if image.shape[0] == channels else _wrong_channels(image.shape[0], channels)
+
+
+def _wrong_channels(found: int, channels: int) -> str:
+    remedy = "Is it a colour picture?" if found > channels else "Is a file missing, or is it a grey picture?"
+    return f"the model reads {channels} channel(s), but got {found}. {remedy}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -187,7 +192,8 @@ def run(args: argparse.Namespace) -> int:
         )
     plans, configuration = loader.plans_manager, loader.configuration_manager
     dataset_json: dict[str, Any] = loader.dataset_json
-    cases = list_cases(args.input, dataset_json["file_ending"], len(dataset_json["channel_names"]))
+    channels = len(dataset_json["channel_names"])
+    cases = list_cases(args.input, dataset_json["file_ending"], channels)
     args.output.mkdir(parents=True, exist_ok=True)
     present = [c for c in cases if (args.output / f"{c}{dataset_json['file_ending']}").exists()]
     if present and not args.overwrite:
@@ -218,8 +224,11 @@ def run(args: argparse.Namespace) -> int:
         try:
             image, _, properties = preprocessor.run_case(files, None, plans, configuration, dataset_json)
         except Exception as error:  # each of nnU-Net's readers has its own
-            why = _why_unreadable(files, reader_writer, len(dataset_json["channel_names"])) or _one_line(error)
+            why = _why_unreadable(files, reader_writer, channels) or _one_line(error)
             raise ValueError(f"{case}: {', '.join(files)} cannot be used: {why}") from error
+        if image.shape[0] != channels:  # fewer than the plans know do not disturb nnU-Net's preprocessing
+            why = _wrong_channels(image.shape[0], channels)
+            raise ValueError(f"{case}: {', '.join(files)} cannot be used: {why}")
         try:
             if not np.isfinite(image).all():
                 raise ValueError(f"the image holds NaN or infinity ({', '.join(files)}).")

@@ -126,11 +126,12 @@ def test_prediction_says_which_model_or_library_is_missing(tmp_path, monkeypatch
 
 
 def test_images_are_listed_by_case_and_a_missing_channel_is_told(tmp_path):
-    for name in ("a_0000.png", "a_0001.png", "b_0000.png", "notes.txt"):
+    for name in ("a_0000.png", "a_0001.png", "a_0002.png", "b_0000.png", "b_0001.png", "c_0000.png", "notes.txt"):
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="b: the model reads 2 channel"):
-        predict_command.list_cases(tmp_path, ".png", 2)
-    (tmp_path / "b_0001.png").touch()
-    assert list(predict_command.list_cases(tmp_path, ".png", 2)) == ["a", "b"]
+    with pytest.raises(ValueError, match="b: the model reads 3 channel"):
+        predict_command.list_cases(tmp_path, ".png", 3)
+    (tmp_path / "b_0002.png").touch()
+    found = predict_command.list_cases(tmp_path, ".png", 3)
+    assert {case: len(files) for case, files in found.items()} == {"a": 3, "b": 3, "c": 1}, "c may be in colour"
     with pytest.raises(FileNotFoundError, match=r"CASE_0000\.nii\.gz"):
         predict_command.list_cases(tmp_path, ".nii.gz", 1)

@@ -14,8 +14,10 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from skimage.io import imread, imsave
 
 import nnunet_dsp.trainers
+from nnunet_dsp import cli
 from nnunet_dsp.crac_loss import TERMS
 from nnunet_dsp.instances.decoders import available
 from nnunet_dsp.instances.network import CRACOutput
@@ -230,6 +232,51 @@ def test_validation_writes_instances_and_their_measures_and_can_be_run_again(ins
     labels = sitk.GetArrayFromImage(sitk.ReadImage(folder / "instances" / f"{cases[0]}.nii.gz"))
     assert labels.shape == instances.tiny.shape
     assert ("mwatershed is not installed" in log_of(instances)) is not available("mutex")
+
+
+def colour_model(dataset):
+    """The folder of an untrained network for colour pictures, as a training leaves it."""
+    tiny = dataset.tiny
+    tiny.dataset_json |= {"channel_names": {"0": "R", "1": "G", "2": "B"}, "file_ending": ".png"}
+    configurations = dataset.trainer().plans_manager.plans["configurations"]
+    configurations["2d"] |= {"normalization_schemes": ["ZScoreNormalization"] * 3, "use_mask_for_norm": [False] * 3}
+    trainer = tiny.trainer(
+        nnUNetTrainerCRAC,
+        image_reader_writer="NaturalImage2DIO",
+        configurations=configurations,
+        foreground_intensity_properties_per_channel={str(c): {"mean": 1.0, "std": 1.0} for c in range(3)},
+    )
+    trainer.initialize()
+    folder = model_folder(dataset)
+    for name, content in (("plans", trainer.plans_manager.plans), ("dataset", tiny.dataset_json)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    trainer.save_checkpoint(str(folder / "fold_0" / "checkpoint_final.pth"))
+    return folder
+
+
+def test_colour_pictures_in_one_file_are_predicted_and_other_numbers_of_channels_named(instances, tmp_path, capsys):
+    words = ["instances", "predict", "-m", str(colour_model(instances)), "-device", "cpu", "--overwrite"]
+    words += ["--decoder", "components", "--min-size", "0", "-o", str(tmp_path / "out")]
+
+    def predict(**pictures):
+        images = tmp_path / "_".join(pictures)
+        images.mkdir()
+        for name, picture in pictures.items():
+            imsave(images / f"{name}.png", picture, check_contrast=False)
+        status = cli.main([*words, "-i", str(images)])
+        return status, capsys.readouterr().err
+
+    picture = np.random.default_rng(0).integers(1, 255, (20, 23, 3), np.uint8)
+    assert predict(one_0000=picture)[0] == 0
+    assert predict(**{f"three_{channel:04d}": picture[..., channel] for channel in range(3)})[0] == 0
+    found = [imread(tmp_path / "out" / f"{name}.png") for name in ("one", "three")]
+    assert found[0].shape == (20, 23) and np.array_equal(*found)
+    status, said = predict(grey_0000=picture[..., 0])
+    assert status == 1 and "grey_0000.png cannot be used: the model reads 3 channel(s), but got 1" in said
+    status, said = predict(two_0000=picture[..., 0], two_0001=picture[..., 1])
+    assert status == 1 and "one file with all of them" in said and "2 file(s)" in said
+    status, said = predict(many_0000=picture, many_0001=picture, many_0002=picture)
+    assert status == 1 and "3 channel(s), but got 9" in said
 
 
 def test_an_interrupted_training_continues_where_it_was(instances):
