@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_dsp.dataset_conversion import raw_dataset
+from nnunet_dsp.dataset_conversion.array_files import read_array
 from nnunet_dsp.dataset_conversion.parallel import map_cases
 from nnunet_dsp.dataset_conversion.raw_dataset import EVALUATION_FOLDER, RawCase, RawDataset
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE
@@ -40,68 +41,11 @@ def name_of(path: Path) -> str:
     return path.name[: len(path.name) - len(ending)]
 
 
-def read_array(path: Path, key: str | None = None) -> tuple[npt.NDArray[Any], dict[str, Any]]:
-    """The array in a PNG, TIFF, BMP, NIfTI, NRRD, MHA, NPY or HDF5 file, in array order (y, x) or (z, y, x).
-
-    Args:
-        key: the dataset's path in an HDF5 file; needed where there are several.
-
-    Returns:
-        The array (colour images with a last axis of 3 or 4), and what the file says about its geometry: "itk" holds
-        spacing, origin and direction as SimpleITK has them, "colour" is true where the last axis is colour.
-
-    Raises:
-        ValueError: the file cannot be read; the message names it.
-    """
-    name = path.name.lower()
-    try:
-        if name.endswith((".h5", ".hdf5", ".hdf")):
-            return _read_hdf5(path, key), {}
-        if name.endswith(".npy"):
-            return np.load(path, allow_pickle=False), {}
-        if name.endswith((".nii.gz", ".nii", ".nrrd", ".mha")):
-            import SimpleITK as sitk
-
-            image = sitk.ReadImage(str(path))
-            geometry = {"spacing": image.GetSpacing(), "origin": image.GetOrigin(), "direction": image.GetDirection()}
-            return sitk.GetArrayFromImage(image), {"itk": geometry, "colour": image.GetNumberOfComponentsPerPixel() > 1}
-        if name.endswith((".tif", ".tiff")):
-            import tifffile
-
-            with tifffile.TiffFile(path) as file:
-                series = file.series[0]
-                return series.asarray().squeeze(), {"colour": series.axes.endswith("S")}
-        from skimage.io import imread
-
-        array = imread(path)
-        return array, {"colour": array.ndim == 3}
-    except (OSError, ValueError, RuntimeError, KeyError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _read_hdf5(path: Path, key: str | None) -> npt.NDArray[Any]:
-    try:
-        import h5py
-    except ImportError:
-        raise ImportError(f"{path}: HDF5 files need the package h5py. Install it with `pip install h5py`.") from None
-    with h5py.File(path, "r") as file:
-        found: list[str] = []
-        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
-        if key is None and len(found) != 1:
-            raise ValueError(
-                f"it holds the arrays {', '.join(found) or '(none)'}; say which to read (--image-key, --label-key)"
-            )
-        name = key or found[0]
-        if name not in found:
-            raise ValueError(f"it holds no array {name!r}, only {', '.join(found) or '(none)'}")
-        return np.asarray(file[name][()])
-
-
 def read_labels(path: Path, key: str | None = None, ignore: int | None = None) -> IntArray:
     """A label image as whole numbers of at least 0, (y, x) or (z, y, x).
 
     Args:
-        key: see read_array().
+        key: see array_files.read_array().
         ignore: value of what nobody labelled, which may be negative.
 
     Raises:
@@ -385,7 +329,6 @@ __all__ = [
     "is_instance_dataset",
     "is_label_file",
     "name_of",
-    "read_array",
     "read_labels",
     "region_labels",
     "renumber",

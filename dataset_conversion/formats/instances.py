@@ -31,10 +31,10 @@ import numpy.typing as npt
 
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.arguments import add_making_arguments
+from nnunet_dsp.dataset_conversion.array_files import read_array
 from nnunet_dsp.dataset_conversion.instance_labels import (
     connected_instances,
     is_instance_dataset,
-    read_array,
     read_labels,
     region_labels,
     renumber,

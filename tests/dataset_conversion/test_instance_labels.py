@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import numpy as np
@@ -245,6 +246,25 @@ def test_colour_pictures_of_labels_are_refused_and_grey_ones_read(tmp_path):
         read_labels(tmp_path / "a.png")
     imsave(tmp_path / "b.png", picture[..., :1].repeat(3, -1), check_contrast=False)
     assert np.array_equal(read_labels(tmp_path / "b.png"), picture[..., 0])
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_cut_off_nifti_files_are_refused_not_filled_with_background(tmp_path, ending):
+    labels = np.random.default_rng(0).integers(1, 60000, (9, 33, 32)).astype(np.uint16)
+    file = tmp_path / f"a{ending}"
+    sitk.WriteImage(sitk.GetImageFromArray(labels), file)
+    whole = file.read_bytes()
+    assert np.array_equal(read_labels(file), labels)
+    for length in (0, 4, 100, 352, len(whole) // 2, len(whole) - 10):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cannot be read: truncated" if length > 10000 else "cannot be read"):
+            read_labels(file)
+    if ending == ".nii.gz":
+        file.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
+        with pytest.raises(ValueError, match="cannot be read: truncated: unpacked"):
+            read_labels(file)
+        file.write_bytes(gzip.decompress(whole))
+        assert np.array_equal(read_labels(file), labels), "nnU-Net reads what is compressed by its name only, too"
 
 
 def test_pickled_arrays_are_not_opened(tmp_path):

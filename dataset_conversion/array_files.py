@@ -1,0 +1,119 @@
+"""Arrays from files of any format, and what the files say about axes and geometry. What the numbers mean: elsewhere."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def read_array(path: Path, key: str | None = None) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+    """The array in a PNG, TIFF, BMP, NIfTI, NRRD, MHA, NPY or HDF5 file, in array order (y, x) or (z, y, x).
+
+    Args:
+        key: the dataset's path in an HDF5 file; needed where there are several.
+
+    Returns:
+        The array (colour images with a last axis of 3 or 4), and what the file says about
+        its geometry: "itk" holds spacing, origin and direction as SimpleITK has them, "colour" is true where the last
+        axis is colour.
+
+    Raises:
+        ImportError: the file is HDF5, and h5py is not installed.
+        ValueError: the file cannot be read; the message names it.
+    """
+    try:
+        array, said = _read(path, key)
+    except (OSError, ValueError, RuntimeError, KeyError, SyntaxError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return array, said
+
+
+def _read(path: Path, key: str | None) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+    name = path.name.lower()
+    if name.endswith((".h5", ".hdf5", ".hdf")):
+        return _read_hdf5(path, key), {}
+    if name.endswith(".npy"):
+        return np.load(path, allow_pickle=False), {}
+    if name.endswith((".nii.gz", ".nii", ".nrrd", ".mha")):
+        return _read_itk(path)
+    if name.endswith((".tif", ".tiff")):
+        import tifffile
+
+        with tifffile.TiffFile(path) as file:
+            series = file.series[0]
+            return series.asarray().squeeze(), {"colour": series.axes.endswith("S")}
+    from skimage.io import imread
+
+    array = imread(path)
+    return array, {"colour": array.ndim == 3}
+
+
+def _read_itk(path: Path) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+    import SimpleITK as sitk
+
+    if path.name.lower().endswith((".nii.gz", ".nii")):
+        _check_whole(path)
+    image = sitk.ReadImage(str(path))
+    geometry = {"spacing": image.GetSpacing(), "origin": image.GetOrigin(), "direction": image.GetDirection()}
+    return sitk.GetArrayFromImage(image), {"itk": geometry, "colour": image.GetNumberOfComponentsPerPixel() > 1}
+
+
+def _check_whole(path: Path) -> None:
+    """Compare a NIfTI file's length with what its header says: ITK reads what a cut off file lacks as 0, silently.
+
+    Raises:
+        ValueError: it is too short.
+        zlib.error, gzip.BadGzipFile: it is compressed and broken.
+    """
+    import SimpleITK as sitk
+
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(path))
+    header.ReadImageInformation()
+    size = [int(header.GetMetaData(f"dim[{axis + 1}]")) for axis in range(int(header.GetMetaData("dim[0]")))]
+    bits = math.prod(size) * int(header.GetMetaData("bitpix"))
+    expected = int(float(header.GetMetaData("vox_offset"))) + -(-bits // 8)
+    with open(path, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    found = 0
+    try:
+        if compressed:
+            with gzip.open(path) as unpacked:
+                while piece := unpacked.read(1 << 20):
+                    found += len(piece)
+        else:
+            found = path.stat().st_size
+    except EOFError:
+        found = min(found, expected - 1)
+    if found < expected:
+        raise ValueError(
+            f"truncated: {'unpacked, ' if compressed else ''}it should hold {expected} bytes, as its header says, but "
+            f"ends after {found}. Was it copied or exported completely?"
+        )
+
+
+def _read_hdf5(path: Path, key: str | None) -> npt.NDArray[Any]:
+    try:
+        import h5py
+    except ImportError:
+        raise ImportError(f"{path}: HDF5 files need the package h5py. Install it with `pip install h5py`.") from None
+    with h5py.File(path, "r") as file:
+        found: list[str] = []
+        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+        if key is None and len(found) != 1:
+            raise ValueError(
+                f"it holds the arrays {', '.join(found) or '(none)'}; say which to read (--image-key, --label-key)"
+            )
+        name = key or found[0]
+        if name not in found:
+            raise ValueError(f"it holds no array {name!r}, only {', '.join(found) or '(none)'}")
+        return np.asarray(file[name][()])
+
+
+__all__ = ["read_array"]
