@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ def read_array(path: Path, key: str | None = None) -> tuple[npt.NDArray[Any], di
         key: the dataset's path in an HDF5 file; needed where there are several.
 
     Returns:
-        The array (colour images with a last axis of 3 or 4), and what the file says about
+        The array, in this machine's byte order (colour images with a last axis of 3 or 4), and what the file says about
         its geometry: "itk" holds spacing, origin and direction as SimpleITK has them, "colour" is true where the last
         axis is colour.
 
@@ -29,9 +28,11 @@ def read_array(path: Path, key: str | None = None) -> tuple[npt.NDArray[Any], di
     """
     try:
         array, said = _read(path, key)
-    except (OSError, ValueError, RuntimeError, KeyError, SyntaxError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    return array, said
+    except ImportError:
+        raise
+    except Exception as error:  # of a broken file each library has its own: EOFError, struct.error, zlib.error, ...
+        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
+    return array.astype(array.dtype.newbyteorder("="), copy=False), said
 
 
 def _read(path: Path, key: str | None) -> tuple[npt.NDArray[Any], dict[str, Any]]:

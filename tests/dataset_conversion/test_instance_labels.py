@@ -267,6 +267,35 @@ def test_cut_off_nifti_files_are_refused_not_filled_with_background(tmp_path, en
         assert np.array_equal(read_labels(file), labels), "nnU-Net reads what is compressed by its name only, too"
 
 
+def test_broken_files_of_every_format_are_named(tmp_path):
+    array = np.random.default_rng(0).integers(0, 60000, (9, 33, 32)).astype(np.uint16)
+    np.save(tmp_path / "a.npy", array)
+    tifffile.imwrite(tmp_path / "a.tif", array)
+    tifffile.imwrite(tmp_path / "z.tif", array[0], compression="zlib")
+    imsave(tmp_path / "a.png", array[0], check_contrast=False)
+    imsave(tmp_path / "a.bmp", array[0].astype(np.uint8), check_contrast=False)
+    for name in ("a.nrrd", "a.mha", "a.nii.gz"):
+        sitk.WriteImage(sitk.GetImageFromArray(array), tmp_path / name)
+    for file in sorted(tmp_path.iterdir()):
+        whole = file.read_bytes()
+        for length in (0, 4, 10, len(whole) // 2):
+            file.write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=rf"{file.name} cannot be read: .{{6}}"):
+                read_labels(file)
+
+
+@pytest.mark.parametrize("big", ["images", "labels"])
+def test_arrays_of_the_other_byte_order_are_read(raw, tmp_path, big):
+    labels = np.repeat(np.arange(1, 4, dtype=np.uint16), 2)[:, None, None] * np.ones((6, 10, 10), np.uint16)
+    for name in ("images", "labels"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        np.save(tmp_path / "in" / name / "a.npy", labels.astype(">u2" if name == big else "<u2"))
+    assert convert(tmp_path / "in", "-d", 7) == 0
+    for part in ("imagesTr/a_0000", "labelsTr/a"):
+        made = sitk.ReadImage(raw / "Dataset007_Instances" / f"{part}.nii.gz")
+        assert np.array_equal(sitk.GetArrayFromImage(made), labels)
+
+
 def test_pickled_arrays_are_not_opened(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"a\.npy cannot be read"):
