@@ -10,6 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+MICROMETRES = {
+    "m": 1e6, "cm": 1e4, "mm": 1e3, "um": 1.0, "µm": 1.0, "\u03bcm": 1.0, "\\u00b5m": 1.0, "micron": 1.0,
+    "microns": 1.0, "micrometer": 1.0, "nm": 1e-3, "inch": 25400.0,
+}  # fmt: skip
+"""In one of each unit; two letters look like the Greek one, and ImageJ writes it as an escape."""
+
 
 def read_array(path: Path, key: str | None = None) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     """The array in a PNG, TIFF, BMP, NIfTI, NRRD, MHA, NPY or HDF5 file, in array order (y, x) or (z, y, x).
@@ -19,8 +25,8 @@ def read_array(path: Path, key: str | None = None) -> tuple[npt.NDArray[Any], di
 
     Returns:
         The array, in this machine's byte order (colour images with a last axis of 3 or 4), and what the file says about
-        its geometry: "itk" holds spacing, origin and direction as SimpleITK has them, "colour" is true where the last
-        axis is colour.
+        its geometry: "itk" holds spacing, origin and direction as SimpleITK has them, "spacing" that of a TIFF
+        (z, y, x; micrometres, if the file names its unit), "colour" is true where the last axis is colour.
 
     Raises:
         ImportError: the file is HDF5, and h5py is not installed.
@@ -48,7 +54,8 @@ def _read(path: Path, key: str | None) -> tuple[npt.NDArray[Any], dict[str, Any]
 
         with tifffile.TiffFile(path) as file:
             series = file.series[0]
-            return series.asarray().squeeze(), {"colour": series.axes.endswith("S")}
+            said = {"colour": series.axes.endswith("S"), "spacing": _tiff_spacing(file)}
+            return series.asarray().squeeze(), said
     from skimage.io import imread
 
     array = imread(path)
@@ -97,6 +104,51 @@ def _check_whole(path: Path) -> None:
             f"truncated: {'unpacked, ' if compressed else ''}it should hold {expected} bytes, as its header says, but "
             f"ends after {found}. Was it copied or exported completely?"
         )
+
+
+def _tiff_spacing(file: Any) -> tuple[float, float, float] | None:
+    """The voxel size (z, y, x) that ImageJ or OME wrote into a tifffile.TiffFile; None where one of the three lacks.
+
+    In micrometres if the units of all axes are known, else in what they are, if that is the same for all of them.
+    Resolutions of other TIFFs are those of a printer, and none says how far slices lie apart.
+    """
+    try:
+        if file.is_ome:
+            sizes, units = _ome_sizes(file.ome_metadata)
+        elif file.is_imagej:
+            sizes, units = _imagej_sizes(file)
+        else:
+            return None
+    except (ArithmeticError, LookupError, SyntaxError, TypeError, ValueError):  # nobody's reason to refuse the image
+        return None
+    factors = [MICROMETRES.get(unit.strip().lower()) for unit in units]
+    if None not in factors:
+        sizes = [size * float(factor or 1) for size, factor in zip(sizes, factors, strict=True)]
+    elif len(set(units)) > 1:
+        return None
+    if not all(math.isfinite(size) and size > 0 for size in sizes):
+        return None
+    z, y, x = sizes
+    return z, y, x
+
+
+def _imagej_sizes(file: Any) -> tuple[list[float], list[str]]:
+    """Size and unit of a voxel's z, y and x; a KeyError where ImageJ was told none."""
+    said, tags = file.imagej_metadata, file.pages[0].tags
+    resolutions = [tags[name].value for name in ("YResolution", "XResolution")]  # voxels in a unit, as a fraction
+    sizes = [abs(float(said["spacing"])), *(denominator / numerator for numerator, denominator in resolutions)]
+    unit = str(said.get("unit", ""))
+    return sizes, [str(said.get("zunit", unit)), str(said.get("yunit", unit)), unit]
+
+
+def _ome_sizes(description: str) -> tuple[list[float], list[str]]:
+    """Size and unit of a voxel's z, y and x; a KeyError where the file says none."""
+    from defusedxml.ElementTree import fromstring
+
+    pixels = next((e for e in fromstring(description).iter() if e.tag.rpartition("}")[2] == "Pixels"), None)
+    said = {} if pixels is None else pixels.attrib
+    sizes = [float(said[f"PhysicalSize{axis}"]) for axis in "ZYX"]
+    return sizes, [said.get(f"PhysicalSize{axis}Unit", "µm") for axis in "ZYX"]
 
 
 def _read_hdf5(path: Path, key: str | None) -> npt.NDArray[Any]:

@@ -104,7 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tile", metavar="VOXELS", type=int, nargs="+", help="cut into tiles of at most this size: y x, or z y x"
     )
     cut.add_argument(
-        "--spacing", metavar="S", type=float, nargs="+", help="voxel size z y x of volumes (default: the file's, or 1)"
+        "--spacing",
+        metavar="S",
+        type=float,
+        nargs="+",
+        help="voxel size z y x of volumes (default: the file's, in micrometres if a TIFF names its unit; or 1)",
     )
     add_making_arguments(parser)
 
@@ -142,6 +146,7 @@ class Found(NamedTuple):
     dim: int
     channels: int
     integer: bool
+    spacing: tuple[float, ...] | None
 
 
 class Content(NamedTuple):
@@ -240,6 +245,8 @@ def _geometry(said: dict[str, Any], options: Options, sidecar: Path, start: int)
         spacing = raw_dataset.read_json(sidecar).get("spacing", [])
         if len(spacing) == 3:
             geometry = {"spacing": tuple(float(s) for s in reversed(spacing))}
+    if not geometry and said.get("spacing") is not None:
+        geometry = {"spacing": tuple(reversed(said["spacing"]))}
     if start and len(geometry.get("origin", ())) == 3:
         direction = np.reshape(geometry["direction"], (3, 3))
         geometry["origin"] = tuple(np.asarray(geometry["origin"]) + direction @ [0, 0, geometry["spacing"][2] * start])
@@ -277,7 +284,7 @@ def _tiled(piece: Piece, ids: npt.NDArray[np.int32]) -> list[tuple[str, tuple[sl
 
 
 def _look(piece: Piece) -> Found:
-    image, ids, num_values, _ = _read_piece(piece)
+    image, ids, num_values, geometry = _read_piece(piece)
     cases = _tiled(piece, ids)
     return Found(
         [name for name, _, _ in cases],
@@ -286,6 +293,7 @@ def _look(piece: Piece) -> Found:
         ids.ndim,
         image.shape[0],
         image.dtype.kind == "u" and image.dtype.itemsize <= 2,
+        tuple(reversed(geometry["spacing"])) if "spacing" in geometry else None,
     )
 
 
@@ -448,8 +456,20 @@ def run(args: argparse.Namespace) -> int:
     split = sum(f.more_than_ids for f in everything)
     if split:
         print(f"  {split} instances more than there were ids: pieces that do not touch are instances of their own.")
+    if dim == 3:
+        print(f"  {_said_of_spacing(everything)}")
     print(f"Next: nnUNetv2_plan_and_preprocess -d {args.dataset_id} --verify_dataset_integrity")
     return 0
+
+
+def _said_of_spacing(found: Sequence[Found]) -> str:
+    sizes = sorted({f.spacing for f in found if f.spacing is not None})
+    without = sum(f.spacing is None for f in found)
+    text = " or ".join(" x ".join(f"{s:g}" for s in size) for size in sizes[:3]) + (", ..." if len(sizes) > 3 else "")
+    said = [f"Voxel size z y x: {text}."] if sizes else []
+    if without:
+        said.append(f"{without} of {len(found)} volumes name no voxel size: 1 x 1 x 1 was assumed (see --spacing).")
+    return " ".join(said)
 
 
 def _channel_names(channels: int) -> list[str]:

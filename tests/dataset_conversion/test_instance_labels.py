@@ -226,6 +226,46 @@ def test_a_3d_tifs_spacing_and_test_cases_of_the_same_name_come_along(raw, tmp_p
     assert sitk.ReadImage(made / "labelsTs" / "a.nii.gz").GetSize() == (10, 10, 6)
 
 
+OME = {"PhysicalSizeZ": 300, "PhysicalSizeZUnit": "nm", "PhysicalSizeY": 0.2, "PhysicalSizeX": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"imagej": True, "resolution": (10, 5), "metadata": {"spacing": 5.0, "unit": "um"}}, (5.0, 0.2, 0.1)),
+        ({"imagej": True, "resolution": (10, 5), "metadata": {"spacing": 5.0, "unit": r"\u00B5m"}}, (5.0, 0.2, 0.1)),
+        ({"imagej": True, "resolution": (10, 5), "metadata": {"spacing": 5.0, "unit": "nm"}}, (5e-3, 2e-4, 1e-4)),
+        ({"imagej": True, "resolution": (10, 5), "metadata": {"spacing": 5.0, "unit": "steps"}}, (5.0, 0.2, 0.1)),
+        ({"imagej": True, "resolution": (10, 5), "metadata": {"spacing": 5, "unit": "steps", "zunit": "um"}}, None),
+        ({"imagej": True, "resolution": (10, 5), "metadata": {"unit": "um"}}, None),
+        ({"imagej": True, "resolution": (0, 5), "metadata": {"spacing": 5.0, "unit": "um"}}, None),
+        ({"ome": True, "metadata": OME}, (0.3, 0.2, 0.1)),
+        ({"ome": True, "metadata": {**OME, "PhysicalSizeXUnit": "reference frame"}}, None),
+        ({"ome": True, "metadata": {"PhysicalSizeX": 0.1}}, None),
+        ({"resolution": (300, 300), "resolutionunit": "INCH", "metadata": {}}, None),
+    ],
+)
+def test_the_voxel_size_in_a_tiff_stack_is_kept_and_an_assumed_one_told(raw, tmp_path, capsys, options, expected):
+    folder = tmp_path / "in"
+    labels = np.repeat(np.arange(1, 4, dtype=np.uint16), 2)[:, None, None] * np.ones((6, 10, 10), np.uint16)
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+    options = {**options, "metadata": {"axes": "ZYX", **options["metadata"]}}
+    tifffile.imwrite(folder / "images" / "a.tif", labels, **options)
+    tifffile.imwrite(folder / "labels" / "a.tif", labels)
+    made = raw / "Dataset007_Instances" / "imagesTr" / "a_0000.nii.gz"
+    assert convert(folder, "-d", 7) == 0
+    said = capsys.readouterr().out
+    assert sitk.ReadImage(made).GetSpacing() == pytest.approx((expected or (1, 1, 1))[::-1])
+    assert ("1 of 1 volumes name no voxel size: 1 x 1 x 1 was assumed" in said) is (expected is None)
+    assert (f"Voxel size z y x: {' x '.join(f'{v:g}' for v in expected or ())}." in said) is (expected is not None)
+    assert convert(folder, "-d", 7, "--overwrite", "--spacing", 9, 8, 7) == 0
+    assert sitk.ReadImage(made).GetSpacing() == (7.0, 8.0, 9.0)
+    (folder / "images" / "a.json").write_text('{"spacing": [30, 6, 5]}')
+    assert convert(folder, "-d", 7, "--overwrite") == 0
+    assert sitk.ReadImage(made).GetSpacing() == (5.0, 6.0, 30.0), "nnU-Net's own file is asked before the TIFF"
+
+
 def test_more_instances_than_nnunet_can_store_are_refused_with_the_limit(raw, tmp_path, capsys):
     folder = source(tmp_path / "in", number=1)
     many = np.arange(260 * 260, dtype=np.uint32).reshape(260, 260)
