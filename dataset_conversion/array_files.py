@@ -24,9 +24,10 @@ def read_array(path: Path, key: str | None = None) -> tuple[npt.NDArray[Any], di
         key: the dataset's path in an HDF5 file; needed where there are several.
 
     Returns:
-        The array, in this machine's byte order (colour images with a last axis of 3 or 4), and what the file says about
-        its geometry: "itk" holds spacing, origin and direction as SimpleITK has them, "spacing" that of a TIFF
-        (z, y, x; micrometres, if the file names its unit), "colour" is true where the last axis is colour.
+        The array, in this machine's byte order (colour images with a last axis of 3 or 4, channels that a TIFF names in
+        front), and what the file says about its geometry: "itk" holds spacing, origin and direction as SimpleITK has
+        them, "spacing" that of a TIFF (z, y, x; micrometres, if the file names its unit), "colour" is true where the
+        last axis is colour, "channels" where the file calls the first one channels.
 
     Raises:
         ImportError: the file is HDF5, and h5py is not installed.
@@ -53,9 +54,7 @@ def _read(path: Path, key: str | None) -> tuple[npt.NDArray[Any], dict[str, Any]
         import tifffile
 
         with tifffile.TiffFile(path) as file:
-            series = file.series[0]
-            said = {"colour": series.axes.endswith("S"), "spacing": _tiff_spacing(file)}
-            return series.asarray().squeeze(), said
+            return _read_tiff(file)
     from skimage.io import imread
 
     array = imread(path)
@@ -104,6 +103,18 @@ def _check_whole(path: Path) -> None:
             f"truncated: {'unpacked, ' if compressed else ''}it should hold {expected} bytes, as its header says, but "
             f"ends after {found}. Was it copied or exported completely?"
         )
+
+
+def _read_tiff(file: Any) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+    """The first series of a tifffile.TiffFile, without axes of one voxel."""
+    series = file.series[0]
+    array = series.asarray()
+    axes = "".join(axis for axis, size in zip(series.axes, array.shape, strict=True) if size > 1)
+    array = array.squeeze()
+    if axes.count("C") == 1:
+        array = np.moveaxis(array, axes.index("C"), 0)
+    colour = series.axes.endswith("S")
+    return array, {"colour": colour, "channels": "C" in axes, "spacing": _tiff_spacing(file)}
 
 
 def _tiff_spacing(file: Any) -> tuple[float, float, float] | None:

@@ -126,6 +126,7 @@ class Options(NamedTuple):
     min_size: int
     tile: tuple[int, ...] | None
     spacing: tuple[float, ...] | None
+    dim: int | None = None  # axes of the training labels, for test images without labels
 
 
 class Piece(NamedTuple):
@@ -145,25 +146,31 @@ class Found(NamedTuple):
     more_than_ids: int
     dim: int
     channels: int
+    colour: bool
     integer: bool
     spacing: tuple[float, ...] | None
 
 
 class Content(NamedTuple):
     """What a piece holds, before it is tiled: image (C, *S), ids (*S) from 1 on with -1 for what nobody labelled, how
-    many different values the ids had, and the file's geometry."""
+    many different values the ids had, the file's geometry, and whether it is a colour picture."""
 
     image: npt.NDArray[Any]
     ids: npt.NDArray[np.int32]
     num_values: int
     geometry: dict[str, Any]
+    colour: bool
 
 
 def _read_piece(piece: Piece) -> Content:
     options, source = piece.options, piece.source
     read = [read_array(f, options.image_key) for f in source.images]
     label = None if source.label is None else read_labels(source.label, options.label_key, options.ignore)
-    dim = label.ndim if label is not None else read[0][0].ndim - bool(read[0][1].get("colour"))
+    if label is not None:
+        dim = label.ndim
+    else:
+        array, said = read[0]
+        dim = options.dim or array.ndim - bool(said.get("colour") or said.get("channels"))
     arrays = [_channels_first(a, said, dim, None if label is None else label.shape, f)
               for (a, said), f in zip(read, source.images, strict=True)]  # fmt: skip
     image = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
@@ -184,7 +191,8 @@ def _read_piece(piece: Piece) -> Content:
         image, label = image[:, start:stop], label[start:stop]
     ids, num_values = _instances(label, options)
     geometry = _geometry(read[0][1], options, source.images[0].parent / f"{source.name}.json", start)
-    return Content(np.ascontiguousarray(image), ids, num_values, geometry)
+    colour = any(bool(said.get("colour")) for _, said in read)
+    return Content(np.ascontiguousarray(image), ids, num_values, geometry, colour)
 
 
 def _channels_first(
@@ -200,7 +208,11 @@ def _channels_first(
         return array[None]
     if array.ndim != dim + 1:
         raise ValueError(f"{file}: expected {dim} axes, as the labels have, but got an image of shape {array.shape}.")
-    last = said.get("colour") or (shape is not None and array.shape[:-1] == shape)
+    if shape is None:  # no labels to compare with: whichever end can be channels
+        last = array.shape[0] > MOST_CHANNELS >= array.shape[-1]
+    else:
+        last = array.shape[:-1] == shape
+    last = bool(said.get("colour")) or (last and not said.get("channels"))
     moved = np.moveaxis(array, -1, 0) if last else array
     if moved.shape[0] > MOST_CHANNELS:
         raise ValueError(
@@ -284,7 +296,7 @@ def _tiled(piece: Piece, ids: npt.NDArray[np.int32]) -> list[tuple[str, tuple[sl
 
 
 def _look(piece: Piece) -> Found:
-    image, ids, num_values, geometry = _read_piece(piece)
+    image, ids, num_values, geometry, colour = _read_piece(piece)
     cases = _tiled(piece, ids)
     return Found(
         [name for name, _, _ in cases],
@@ -292,6 +304,7 @@ def _look(piece: Piece) -> Found:
         0 if piece.options.components else max(0, int(ids.max(initial=0)) - num_values),
         ids.ndim,
         image.shape[0],
+        colour,
         image.dtype.kind == "u" and image.dtype.itemsize <= 2,
         tuple(reversed(geometry["spacing"])) if "spacing" in geometry else None,
     )
@@ -307,7 +320,7 @@ class _WriteJob(NamedTuple):
 
 
 def _write(job: _WriteJob) -> None:
-    image, ids, _, geometry = _read_piece(job.piece)
+    image, ids, _, geometry, _ = _read_piece(job.piece)
     if image.shape[0] != job.channels:  # a grey picture among coloured ones
         image = np.repeat(image, job.channels, axis=0)
     for name, where, part in _tiled(job.piece, ids):
@@ -382,6 +395,23 @@ def _same(found: dict[str, list[Found]], attribute: str, what: str) -> int:
     return int(values.pop())
 
 
+def _num_channels(found: Sequence[Found]) -> int:
+    """How many channels the dataset has; a grey picture among coloured ones counts as coloured.
+
+    Raises:
+        ValueError: images have different numbers of channels otherwise.
+    """
+    channels = max(f.channels for f in found)
+    fewer = [f for f in found if f.channels != channels]
+    if fewer and not all(f.colour if f.channels == channels else f.channels == 1 for f in found):
+        most = next(f for f in found if f.channels == channels)
+        raise ValueError(
+            f"Expected the same number of channels in all images, but got {fewer[0].channels} in {fewer[0].cases[0]} "
+            f"and {channels} in {most.cases[0]}. Only grey pictures among colour pictures are repeated."
+        )
+    return channels
+
+
 def run(args: argparse.Namespace) -> int:
     options = _check(args)
     classes: dict[str, Any] = {}
@@ -405,17 +435,15 @@ def run(args: argparse.Namespace) -> int:
         if twice:
             raise ValueError(f"Several images would become the case {twice[0]}. Rename them.")
     target = raw_dataset.new_dataset_folder(args.dataset_id, args.name, overwrite=args.overwrite)
-    found = {
-        part: list(map_cases(_look, group, processes=args.num_processes, description=f"Reading {part}"))
-        for part, group in jobs.items()
-        if group
-    }
-    everything = [f for group in found.values() for f in group]
+    found = {"Tr": list(map_cases(_look, jobs["Tr"], processes=args.num_processes, description="Reading Tr"))}
+    # a test image without labels may have two channels or be a volume of two slices: training labels tell
     dim = _same(found, "dim", "axes")
-    channels = max(f.channels for f in everything)
-    if {f.channels for f in everything} - {1, channels}:
-        counts = sorted({f.channels for f in everything})
-        raise ValueError(f"Expected the same number of channels in all images, but got {counts}.")
+    jobs["Ts"] = [piece._replace(options=piece.options._replace(dim=dim)) for piece in jobs["Ts"]]
+    if jobs["Ts"]:
+        found["Ts"] = list(map_cases(_look, jobs["Ts"], processes=args.num_processes, description="Reading Ts"))
+    everything = [f for group in found.values() for f in group]
+    _same(found, "dim", "axes")
+    channels = _num_channels(everything)
     most = max(n for f in everything for n in f.instances)
     if not any(n for f in found["Tr"] for n in f.instances):
         left_out = [f for f, given in (("--values", args.values), ("--min-size", args.min_size > 1)) if given]

@@ -112,6 +112,59 @@ def test_colour_images_become_channels_and_transparency_goes(raw, tmp_path):
     assert green[12, 14] == 51 and green.ndim == 2
 
 
+def several_channels(folder, **images):
+    """Two-dimensional labels `a`, `b`, ... of the images of those names, TIFF files with the options given for each."""
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    for name, (image, options) in images.items():
+        tifffile.imwrite(folder / "images" / f"{name}.tif", image, **options)
+        tifffile.imwrite(folder / "labels" / f"{name}.tif", squares().astype(np.uint32))
+    return folder
+
+
+def test_a_grey_picture_is_repeated_among_coloured_ones_and_no_channel_among_several(raw, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(1, 255, (40, 50, 3), np.uint8)
+    grey, colour = (noise[..., 0], {}), (noise, {"photometric": "rgb"})
+    assert convert(several_channels(tmp_path / "in", a=colour, b=grey), "-d", 7) == 0
+    made = raw / "Dataset007_Instances" / "imagesTr"
+    assert all(np.array_equal(imread(made / f"b_{channel:04d}.png"), noise[..., 0]) for channel in range(3))
+    capsys.readouterr()
+    channels = (np.moveaxis(noise, -1, 0)[:2], {"photometric": "minisblack"})
+    assert convert(several_channels(tmp_path / "other", a=channels, b=grey), "-d", 8) == 1
+    assert "1 in b and 2 in a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["channels", "axes named", "last"])
+def test_channels_of_a_test_image_without_labels_are_no_slices(raw, tmp_path, kind):
+    noise = np.random.default_rng(0).integers(1, 255, (2, 40, 50), np.uint8)
+    options = {"photometric": "minisblack"} | ({"metadata": {"axes": "CYX"}} if kind == "axes named" else {})
+    folder = several_channels(tmp_path / "in", a=(noise, options))
+    (folder / "test_images").mkdir()
+    if kind == "last":
+        np.save(folder / "test_images" / "t.npy", np.moveaxis(noise, 0, -1))
+    else:
+        tifffile.imwrite(folder / "test_images" / "t.tif", noise, **options)
+    assert convert(folder, "-d", 7) == 0
+    made = raw / "Dataset007_Instances"
+    assert all(np.array_equal(imread(made / "imagesTs" / f"t_{c:04d}.png"), noise[c]) for c in range(2))
+    assert not (made / "labelsTs").exists()
+
+
+def test_channels_between_an_imagej_stacks_slices_are_told_apart(raw, tmp_path):
+    folder = tmp_path / "in"
+    labels = np.repeat(np.arange(1, 4, dtype=np.uint16), 2)[:, None, None] * np.ones((6, 10, 12), np.uint16)
+    image = np.random.default_rng(0).integers(1, 255, (6, 2, 10, 12), np.uint8)
+    for part in ("images", "labels", "test_images"):
+        (folder / part).mkdir(parents=True)
+    for part in ("images", "test_images"):
+        tifffile.imwrite(folder / part / "a.tif", image, imagej=True, metadata={"axes": "ZCYX"})
+    tifffile.imwrite(folder / "labels" / "a.tif", labels, imagej=True, metadata={"axes": "ZYX"})
+    assert convert(folder, "-d", 7) == 0
+    for part, channel in [("imagesTr", 0), ("imagesTr", 1), ("imagesTs", 1)]:
+        made = sitk.ReadImage(raw / "Dataset007_Instances" / part / f"a_{channel:04d}.nii.gz")
+        assert np.array_equal(sitk.GetArrayFromImage(made), image[:, channel])
+
+
 def test_a_volumes_slices_are_cut_for_training_and_test_and_keep_their_place_in_the_world(raw, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
