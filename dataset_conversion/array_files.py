@@ -17,11 +17,14 @@ MICROMETRES = {
 """In one of each unit; two letters look like the Greek one, and ImageJ writes it as an escape."""
 
 
-def read_array(path: Path, key: str | None = None) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+def read_array(
+    path: Path, key: str | None = None, *, palette_indices: bool = False
+) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     """The array in a PNG, TIFF, BMP, NIfTI, NRRD, MHA, NPY or HDF5 file, in array order (y, x) or (z, y, x).
 
     Args:
         key: the dataset's path in an HDF5 file; needed where there are several.
+        palette_indices: of a picture with a palette (PNG, BMP), the indices instead of their colours.
 
     Returns:
         The array, in this machine's byte order (colour images with a last axis of 3 or 4, channels that a TIFF names in
@@ -34,7 +37,7 @@ def read_array(path: Path, key: str | None = None) -> tuple[npt.NDArray[Any], di
         ValueError: the file cannot be read; the message names it.
     """
     try:
-        array, said = _read(path, key)
+        array, said = _read(path, key, palette_indices)
     except ImportError:
         raise
     except Exception as error:  # of a broken file each library has its own: EOFError, struct.error, zlib.error, ...
@@ -42,7 +45,7 @@ def read_array(path: Path, key: str | None = None) -> tuple[npt.NDArray[Any], di
     return array.astype(array.dtype.newbyteorder("="), copy=False), said
 
 
-def _read(path: Path, key: str | None) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+def _read(path: Path, key: str | None, palette_indices: bool) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     name = path.name.lower()
     if name.endswith((".h5", ".hdf5", ".hdf")):
         return _read_hdf5(path, key), {}
@@ -55,6 +58,12 @@ def _read(path: Path, key: str | None) -> tuple[npt.NDArray[Any], dict[str, Any]
 
         with tifffile.TiffFile(path) as file:
             return _read_tiff(file)
+    if palette_indices:
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            if picture.mode == "P":
+                return np.asarray(picture), {}
     from skimage.io import imread
 
     array = imread(path)

@@ -44,6 +44,8 @@ def name_of(path: Path) -> str:
 def read_labels(path: Path, key: str | None = None, ignore: int | None = None) -> IntArray:
     """A label image as whole numbers of at least 0, (y, x) or (z, y, x).
 
+    Of pictures with a palette, as annotation tools write them, the indices are the ids; colours are for the eye.
+
     Args:
         key: see array_files.read_array().
         ignore: value of what nobody labelled, which may be negative.
@@ -51,9 +53,9 @@ def read_labels(path: Path, key: str | None = None, ignore: int | None = None) -
     Raises:
         ValueError: the file cannot be read, is in colour, or holds negative or broken numbers.
     """
-    array, said = read_array(path, key)
+    array, said = read_array(path, key, palette_indices=True)
     if said.get("colour"):
-        others = range(1, min(3, array.shape[-1]))
+        others = range(1, array.shape[-1] - (array.shape[-1] in (2, 4)))  # transparency says nothing
         if array.ndim == 3 and all(np.array_equal(array[..., 0], array[..., c]) for c in others):
             array = array[..., 0]
         else:

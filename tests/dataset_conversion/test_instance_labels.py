@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+from PIL import Image
 from skimage.io import imread, imsave
 
 from nnunet_dsp import cli
 from nnunet_dsp.dataset_conversion import raw_dataset
+from nnunet_dsp.dataset_conversion.array_files import read_array
 from nnunet_dsp.dataset_conversion.instance_labels import (
     MOST_IDS,
     connected_instances,
@@ -339,6 +341,26 @@ def test_colour_pictures_of_labels_are_refused_and_grey_ones_read(tmp_path):
         read_labels(tmp_path / "a.png")
     imsave(tmp_path / "b.png", picture[..., :1].repeat(3, -1), check_contrast=False)
     assert np.array_equal(read_labels(tmp_path / "b.png"), picture[..., 0])
+
+
+@pytest.mark.parametrize("ending", [".png", ".bmp"])
+def test_indices_of_pictures_with_a_palette_are_the_ids(tmp_path, ending):
+    ids = (np.arange(64 * 64).reshape(64, 64) // 100).astype(np.uint8)
+    picture = Image.fromarray(ids)
+    picture.putpalette([value for index in range(256) for value in (index * 37 % 256, index * 91 % 256, index)])
+    assert picture.mode == "P"
+    picture.save(tmp_path / f"a{ending}")
+    assert np.array_equal(read_labels(tmp_path / f"a{ending}"), ids)
+    assert read_array(tmp_path / f"a{ending}")[0].shape == (64, 64, 3), "an image is what the eye sees"
+
+
+def test_transparency_of_a_label_picture_is_left_out(tmp_path):
+    ids = (np.arange(64 * 64).reshape(64, 64) // 100).astype(np.uint8)
+    alpha = np.where(ids > 0, 255, 0).astype(np.uint8)
+    Image.fromarray(np.stack([ids, alpha], -1)).save(tmp_path / "a.png")
+    Image.fromarray(np.stack([ids, ids, ids, alpha], -1)).save(tmp_path / "b.png")
+    for name in "ab":
+        assert np.array_equal(read_labels(tmp_path / f"{name}.png"), ids)
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
