@@ -35,7 +35,7 @@ class DecoderOptions:
         decoder, threshold: see decoders.decode().
         min_size: voxels of the network's grid; smaller instances are removed, after blocks are joined.
         use_foreground: leave out what the network takes for background.
-        block_voxels: volumes of more voxels are decoded block by block.
+        block_voxels: volumes of more voxels are decoded block by block; so are slices, for a 2D network.
     """
 
     decoder: str = "mutex"
@@ -161,18 +161,24 @@ def segment(predictor: AffinityPredictor, image: Tensor, options: DecoderOptions
     if predictor.dim == 2:
         highest = 0
         for z in range(shape[0]):
-            found = _segment_whole(predictor, image[:, z], options)
+            found = _segment_in_blocks(predictor, image[:, z], options)
             labels[z] = np.where(found > 0, found + highest, 0)
             highest += int(found.max(initial=0))
         return relabel(labels, options.min_size)
+    return relabel(_segment_in_blocks(predictor, image, options), options.min_size)
+
+
+def _segment_in_blocks(predictor: AffinityPredictor, image: Tensor, options: DecoderOptions) -> Labels:
+    """Instances of one image of the network's dimension, (C, *S), of whatever size; consecutive."""
+    shape = tuple(int(n) for n in image.shape[1:])
     blocks = list(split_blocks(shape, options.block_voxels, halo_of(predictor.offsets)))
     if len(blocks) == 1:
-        return relabel(_segment_whole(predictor, image, options), options.min_size)
+        return _segment_whole(predictor, image, options)
     stitcher = Stitcher(shape)
     for block in tqdm(blocks, desc="Blocks", leave=False):
         outer: Any = (slice(None), *block.outer)
         stitcher.add(block, _segment_whole(predictor, image[outer], options))
-    return relabel(stitcher.labels(), options.min_size)
+    return relabel(stitcher.labels())
 
 
 def _segment_whole(predictor: AffinityPredictor, image: Tensor, options: DecoderOptions) -> Labels:
@@ -188,7 +194,7 @@ def _segment_whole(predictor: AffinityPredictor, image: Tensor, options: Decoder
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a volume: `core` is its own, `outer` what is decoded, a halo around the core where there is room."""
+    """A part of an image or volume: `core` is its own; `outer`, with a halo where there is room, is what is decoded."""
 
     core: Slices
     outer: Slices
@@ -200,7 +206,7 @@ def halo_of(offsets: Offsets) -> tuple[int, ...]:
 
 
 def split_blocks(shape: Sequence[int], most_voxels: int, halo: Sequence[int]) -> Iterator[Block]:
-    """Blocks that cover a volume once with their cores and hold at most about `most_voxels` with their halos.
+    """Blocks whose cores cover an image or volume once, and that hold at most about `most_voxels` with their halos.
 
     Raises:
         ValueError: the halo alone is larger than that.
@@ -216,7 +222,7 @@ def split_blocks(shape: Sequence[int], most_voxels: int, halo: Sequence[int]) ->
         if -(-shape[axis] // counts[axis]) <= halo[axis]:
             least = int(np.prod([min(n, 3 * h) for n, h in zip(shape, halo, strict=True)]))
             raise ValueError(
-                f"A volume of {tuple(shape)} voxels cannot be cut into blocks of {most_voxels} voxels, since each "
+                f"An image of {tuple(shape)} voxels cannot be cut into blocks of {most_voxels} voxels, since each "
                 f"needs a margin of {tuple(halo)} voxels. Allow at least {least} (--block-voxels)."
             )
         counts[axis] += 1

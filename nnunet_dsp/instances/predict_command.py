@@ -1,8 +1,8 @@
 """`nnunet_dsp instances predict -i IMAGES -o OUT -d ID -c CONFIGURATION`: instance label images, one per input image.
 
 Affinities are predicted tile by tile, averaged over tiles and folds, and decoded into instances; each label image has
-the name and the geometry of its input. Volumes of more than --block-voxels voxels are decoded in overlapping blocks
-and joined. Decoders: mutex (default; pip install nnunet-dsp[instances]), multicut ([multicut]), waterz ([waterz]),
+the name and the geometry of its input. What has more than --block-voxels voxels is decoded in overlapping blocks and
+joined. Decoders: mutex (default; pip install nnunet-dsp[instances]), multicut ([multicut]), waterz ([waterz]),
 components (needs nothing, but one leak joins two objects).
 """
 
@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VOXELS",
         type=int,
         default=DEFAULT_BLOCK_VOXELS,
-        help="decode larger volumes in blocks of this many voxels, at about 0.6 kB a voxel (default: %(default)s)",
+        help="decode larger images and volumes in blocks of this many voxels, at about 0.6 kB a voxel (default: "
+        "%(default)s)",
     )
     how.add_argument("-step_size", type=float, default=0.5, help="step of the tiles, up to 0.5 (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace label images that are there already")

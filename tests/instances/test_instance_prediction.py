@@ -113,6 +113,30 @@ def test_a_volume_decoded_in_blocks_is_the_volume_decoded_at_once(most):
     assert found.max() == truth.max()
 
 
+@pytest.mark.parametrize("most", [100_000, 3_000])
+def test_a_large_slice_is_decoded_in_blocks_for_a_2d_network_too(most, monkeypatch):
+    truth = np.stack([cells((90, 101), 30, seed=seed) for seed in (3, 4)])
+    model = predictor(truth.shape[1:], (16, 16))
+    seen = []
+    monkeypatch.setattr(AffinityPredictor, "__call__", _recorded(AffinityPredictor.__call__, seen))
+    options = DecoderOptions("components", min_size=0, block_voxels=most)
+    found = segment(model, torch.from_numpy(truth)[None].float(), options)
+    assert (len(seen) > 4) is (most == 3_000) and max(seen) <= most
+    for z in range(2):
+        assert adapted_rand_error(truth[z], found[z], ignore_labels=(0,))[0] == 0
+    assert found.max() == sum(part.max() for part in truth), "each slice has ids of its own, without gaps"
+
+
+def _recorded(call, seen):
+    """`call`, noting how many voxels it is given."""
+
+    def recording(self, image):
+        seen.append(image[0].numel())
+        return call(self, image)
+
+    return recording
+
+
 def test_blocks_cover_a_volume_once_and_stay_within_their_limit():
     covered = np.zeros((30, 100, 90), int)
     for block in split_blocks(covered.shape, 60_000, (8, 8, 8)):
