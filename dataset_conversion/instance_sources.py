@@ -114,6 +114,8 @@ def find_sources(args: argparse.Namespace) -> tuple[list[Source], list[Source]]:
     test: list[Source] = []
     if test_images is not None and test_labels is not None:
         test = pair_files(test_images, test_labels)
+    elif args.test_labels is not None:
+        raise ValueError(f"--test-labels {args.test_labels}: there are no test images. Name them with --test-images.")
     elif test_images is not None:
         test = [Source(_clean(_strip(_name(f), IMAGE_SUFFIXES)), (f,), None) for f in _files(test_images)]
     return pair_files(images, labels), test

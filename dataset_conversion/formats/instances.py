@@ -368,6 +368,13 @@ def _check(args: argparse.Namespace) -> Options:
         raise ValueError(f"--label: expected a name such as cell, but got {args.label!r}.")
     if args.test_slices and not args.train_slices:
         raise ValueError("--test-slices needs --train-slices: which slices are for training?")
+    if args.test_slices and (args.test_images or args.test_labels):
+        raise ValueError("--test-slices and --test-images both say what the test set is. Give one of them.")
+    if args.connected_components and args.keep_disconnected:
+        raise ValueError(
+            "--connected-components makes every piece an instance, --keep-disconnected leaves pieces together. Give "
+            "one of them."
+        )
     return Options(
         args.image_key,
         args.label_key,
@@ -380,6 +387,31 @@ def _check(args: argparse.Namespace) -> Options:
         None if args.tile is None else tuple(args.tile),
         None if args.spacing is None else tuple(args.spacing),
     )
+
+
+def _check_nnunet_options(args: argparse.Namespace, content: dict[str, Any]) -> None:
+    """Refuse what a raw nnU-Net dataset says itself.
+
+    Raises:
+        ValueError: an option that would have no effect.
+    """
+    given = [f for f in ("images", "labels", "test_images", "test_labels") if getattr(args, f) is not None]
+    if given:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')}: {args.source} is a raw nnU-Net dataset (it holds dataset.json and "
+            "imagesTr), which is read as a whole. Leave the option out, or name another folder as SRC."
+        )
+    ignore = content.get("labels", {}).get("ignore")
+    if args.ignore is not None and ignore is not None and args.ignore != ignore:
+        raise ValueError(
+            f"--ignore {args.ignore}: {args.source / 'dataset.json'} says that {ignore} is what nobody labelled. Leave "
+            "the option out, or change dataset.json."
+        )
+    if args.keep_disconnected and not is_instance_dataset(content):
+        raise ValueError(
+            f"--keep-disconnected: {args.source / 'dataset.json'} declares classes, of which every connected piece "
+            "becomes an instance. Leave the option out."
+        )
 
 
 def _pieces(sources: list[Source], ranges: Sequence[tuple[int, int]] | None, options: Options) -> list[Piece]:
@@ -417,6 +449,7 @@ def run(args: argparse.Namespace) -> int:
     classes: dict[str, Any] = {}
     if (args.source / "dataset.json").is_file() and (args.source / "imagesTr").is_dir():
         train, test, content = nnunet_sources(args.source)
+        _check_nnunet_options(args, content)
         classes = {k: content[k] for k in ("channel_names",) if k in content}
         ignore = content.get("labels", {}).get("ignore")
         options = options._replace(
@@ -434,6 +467,8 @@ def run(args: argparse.Namespace) -> int:
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"Several images would become the case {twice[0]}. Rename them.")
+    if args.test_slices and test:
+        print(f"{len(test)} test images of {args.source} are left out: --test-slices says what the test set is.")
     target = raw_dataset.new_dataset_folder(args.dataset_id, args.name, overwrite=args.overwrite)
     found = {"Tr": list(map_cases(_look, jobs["Tr"], processes=args.num_processes, description="Reading Tr"))}
     # a test image without labels may have two channels or be a volume of two slices: training labels tell

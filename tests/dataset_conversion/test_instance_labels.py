@@ -221,6 +221,44 @@ def test_masks_without_ids_and_nnunet_datasets_become_instances_by_connected_com
     assert np.array_equal(read_case(raw / "Dataset022_Edge", "a") > 0, mask == 2)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--images", "imagesTr"), "--images: "),
+        (("--labels", "labelsTr"), "--labels: "),
+        (("--test-images", "imagesTr"), "--test-images: "),
+        (("--test-labels", "labelsTr"), "--test-labels: "),
+        (("--ignore", "3"), "4 is what nobody labelled"),
+        (("--keep-disconnected",), "declares classes"),
+    ],
+)
+def test_options_that_a_raw_nnunet_dataset_answers_itself_are_refused(raw, capsys, words, message):
+    plain = raw / "Dataset020_Plain"
+    for part in ("imagesTr", "labelsTr"):
+        (plain / part).mkdir(parents=True)
+        file = plain / part / ("a_0000.png" if part == "imagesTr" else "a.png")
+        imsave(file, (squares() > 0).astype(np.uint8), check_contrast=False)
+    labels = {"background": 0, "cell": 1, "edge": 2, "skin": 3, "ignore": 4}
+    content = {"channel_names": {"0": "EM"}, "labels": labels, "numTraining": 1, "file_ending": ".png"}
+    (plain / "dataset.json").write_text(json.dumps(content))
+    assert convert(plain, "-d", 21, *words) == 1
+    assert message in capsys.readouterr().err
+    assert convert(plain, "-d", 21, "--ignore", "4") == 0, "says the same"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--connected-components", "--keep-disconnected"), "Give one of them"),
+        (("--train-slices", "0:1", "--test-slices", "1:2", "--test-images", "masks"), "what the test set is"),
+        (("--test-labels", "masks"), "no test images"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(raw, tmp_path, capsys, words, message):
+    assert convert(source(tmp_path / "in"), "-d", 7, *words) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_tiles_count_their_own_instances_and_stay_in_one_fold(raw, tmp_path):
     assert convert(source(tmp_path / "in"), "-d", 7, "--tile", 20, 25) == 0
     folder = raw / "Dataset007_Instances"
