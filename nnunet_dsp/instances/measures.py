@@ -77,8 +77,9 @@ def _partition_measures(truth: npt.NDArray[np.int64], prediction: npt.NDArray[np
     with np.errstate(invalid="ignore", divide="ignore"):
         error = float(adapted_rand_error(truth, prediction, ignore_labels=(0,))[0])
     split, merge = (max(0.0, float(v)) for v in variation_of_information(truth, prediction, ignore_labels=(0,)))
-    # NaN: no two voxels belong together, neither in truth nor in prediction
-    return dict(zip(names, [error if np.isfinite(error) else None, split, merge, split + merge], strict=True))
+    if not np.isfinite(error):  # no two voxels belong together, neither in truth nor in prediction: they agree
+        error = 0.0
+    return dict(zip(names, [error, split, merge, split + merge], strict=True))
 
 
 def _matching_measures(

@@ -121,9 +121,15 @@ def test_empty_images_give_none_or_zero_never_nan():
     assert both["arand"] is None and both["ap"] is None and both["pq"] is None
     assert measure(empty, some)["ap"] == 0 and measure(empty, some)["arand"] is None
     assert measure(some, empty)["pq"] == 0
-    assert measure(np.array([[1]]), np.array([[1]]))["arand"] is None, "no two voxels, no pair"
     assert average([both, measure(some, some)])["pq"] == 1
     assert average([both])["pq"] is None
+
+
+def test_instances_of_one_voxel_each_that_are_found_have_no_error():
+    truth = np.array([[1, 0, 2], [0, 0, 0], [3, 0, 4]])
+    assert measure(truth, truth * 5)["arand"] == 0 == measure(np.array([[1]]), np.array([[1]]))["arand"]
+    assert measure(truth, np.minimum(truth, 1))["arand"] == 1, "all four in one"
+    assert measure(truth, np.zeros_like(truth))["arand"] == 1, "what is not found is one segment"
 
 
 def test_labels_that_are_no_labels_are_refused():
