@@ -62,8 +62,27 @@ def find_ignore_label(truth: Path) -> int | None:
     return None
 
 
-def _pairs(truth: Path, prediction: Path) -> dict[str, tuple[Path, Path]]:
+def _label_images(folder: Path) -> dict[str, Path]:
+    """The label images of a folder by their names without ending.
+
+    Raises:
+        ValueError: two differ in their endings only.
+    """
     from nnunet_dsp.dataset_conversion.instance_labels import is_label_file, name_of
+
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if is_label_file(file):
+            other = found.setdefault(name_of(file), file)
+            if other != file:
+                raise ValueError(
+                    f"{folder} holds both {other.name} and {file.name}, labels of the same case. Keep one of them."
+                )
+    return found
+
+
+def _pairs(truth: Path, prediction: Path) -> dict[str, tuple[Path, Path]]:
+    from nnunet_dsp.dataset_conversion.instance_labels import name_of
 
     for path in (truth, prediction):
         if not path.exists():
@@ -72,8 +91,7 @@ def _pairs(truth: Path, prediction: Path) -> dict[str, tuple[Path, Path]]:
         raise ValueError(f"Expected two folders or two files, but got {truth} and {prediction}.")
     if truth.is_file():
         return {name_of(truth): (truth, prediction)}
-    true = {name_of(f): f for f in sorted(truth.iterdir()) if is_label_file(f)}
-    predicted = {name_of(f): f for f in sorted(prediction.iterdir()) if is_label_file(f)}
+    true, predicted = _label_images(truth), _label_images(prediction)
     if not true:
         raise FileNotFoundError(f"{truth} holds no label image.")
     missing = sorted(set(true) - set(predicted))
@@ -143,6 +161,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"-o: expected a JSON file to write, but {args.output} is a folder.")
     ignore = find_ignore_label(args.truth) if args.ignore == "auto" else None if args.ignore == "none" else args.ignore
     summary = evaluate(args.truth, args.prediction, ignore, processes=args.num_processes)
+    if args.prediction.is_dir():
+        left_out = sorted(_label_images(args.prediction).keys() - summary["cases"].keys())
+        if left_out:
+            shown = ", ".join(left_out[:10]) + (", ..." if len(left_out) > 10 else "")
+            print(f"{len(left_out)} prediction(s) have no truth in {args.truth} and were left out: {shown}")
     folder = args.prediction if args.prediction.is_dir() else args.prediction.parent
     output = args.output or folder / "instances_summary.json"
     write_json(output, {"ignore_label": ignore, **summary})

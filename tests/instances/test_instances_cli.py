@@ -60,6 +60,19 @@ def test_missing_and_unfitting_files_are_named_and_end_with_1(folders, capsys):
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_predictions_without_truth_are_told_and_two_files_of_one_case_refused(folders, capsys):
+    found = (folders / "out" / "a.png").read_bytes()
+    (folders / "out" / "b.png").write_bytes(found)
+    assert evaluate(folders / "labelsTs", folders / "out") == 0
+    said = capsys.readouterr().out
+    assert "1 prediction(s) have no truth" in said and "left out: b" in said
+    for folder in ("out", "labelsTs"):
+        np.save(folders / folder / "a.npy", np.ones((20, 20), int))
+        assert evaluate(folders / "labelsTs", folders / "out") == 1
+        assert "holds both a.npy and a.png" in capsys.readouterr().err
+        (folders / folder / "a.npy").unlink()
+
+
 def test_what_nobody_labelled_may_be_negative(tmp_path, capsys):
     truth = np.zeros((20, 20), np.int32)
     truth[:10], truth[10:, :10], truth[10:, 10:] = 7, 9, -1
