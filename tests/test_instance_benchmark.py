@@ -14,6 +14,7 @@ from nnunet_dsp.benchmark.accuracy import workplace
 from nnunet_dsp.benchmark.instances import report
 from nnunet_dsp.cli import main
 from nnunet_dsp.dataset_conversion.instance_labels import region_labels
+from nnunet_dsp.instances.predict_command import list_cases
 
 SIDE, COUNT = 8, 4  # each image: a row of squares of equal size, so that every measure is known
 IGNORE = region_labels("cell", 8)["ignore"]
@@ -35,11 +36,12 @@ class PlayedInstances(Played):
         model, output = Path(self.value(words, "-m")), Path(self.value(words, "-o"))
         assert (model / "fold_all" / "checkpoint_final.pth").is_file()
         output.mkdir(exist_ok=True)
-        for image in Path(self.value(words, "-i")).iterdir():
+        channels = json.loads((place.raw / "Dataset001_full" / "dataset.json").read_text())["channel_names"]
+        for case in list_cases(Path(self.value(words, "-i")), ".png", len(channels)):
             found = truth()
             if "full" not in model.parent.name:
                 found[(found > 0) if "supervisedOnly" in model.name else np.isin(found, (1, 2))] = 1
-            imsave(output / image.name.replace("_0000", ""), found, check_contrast=False)
+            imsave(output / f"{case}.png", found, check_contrast=False)
 
     def predictions(self):
         return [call for call in self.calls if call[0] == "nnunet_dsp"]
@@ -135,6 +137,17 @@ def test_a_share_keeps_whole_instances_the_same_for_every_arm_and_more_of_them_a
     assert any(kept["i0p5_s0", case] != kept["i0p5_s1", case] for case in ("c0", "c1", "c2")), "seeds choose"
     assert len(list((benchmark.folder / "nnUNet_raw").iterdir())) == 5, "arms of a seed share their dataset"
     assert benchmark.record(CRAC)["labelled"] == {"c0": [2, 4], "c1": [2, 4], "c2": [2, 4]}
+
+
+def test_colour_pictures_in_one_file_are_trained_on_and_predicted_with_pictures(benchmark, source):
+    for file in source.glob("images*/*.png"):
+        imsave(file, np.stack([imread(file), imread(file) // 2, imread(file) // 3], -1), check_contrast=False)
+    content = json.loads((source / "dataset.json").read_text())
+    (source / "dataset.json").write_text(json.dumps({**content, "channel_names": {"0": "R", "1": "G", "2": "B"}}))
+    status, out, err = benchmark("--arms", "full", "crac")
+    assert status == 0, err
+    assert len(benchmark.played.predictions()) == 2
+    assert (benchmark.folder / "cases_0.5.png").stat().st_size > 1000
 
 
 def test_the_report_names_every_call_that_its_rows_come_from(benchmark):
