@@ -190,7 +190,7 @@ def no_plots(request, monkeypatch):
     """Drawing takes a second a picture; one test has them drawn."""
     if not request.node.name.startswith("test_every_arm_is_trained_once"):
         monkeypatch.setattr(report, "write_pictures", lambda *_: {})
-        monkeypatch.setattr(report, "_plot", lambda file, *_: file.write_text("plot"))
+        monkeypatch.setattr(report, "_plot", lambda file, *_, **__: file.write_text("plot"))
 
 
 @pytest.fixture
@@ -547,6 +547,36 @@ def test_seeds_counts_and_spread(benchmark):
     (line,) = [r for r in rows_of(benchmark.folder / "table.csv") if (r["arm"], r["masks"]) == ("masks", "3")]
     assert (line["runs"], float(line["Dice_sd"])) == ("2", 0.0), "both seeds are played alike"
     assert (benchmark.folder / "curve_masks.png").is_file()
+
+
+def test_a_curve_never_mixes_counts_of_the_other_kind(benchmark, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report, "_plot", lambda file, curves, *_, **__: drawn.update({file.stem: curves}))
+
+    def xs(name):
+        return {curve.label: [x for x, *_ in curve.points] for curve in drawn[name]}
+
+    benchmark("--arms", "masks", "dsp", "full", "--masks", "1", "2", "--weak", "1", "3")
+    dsp = {"dsp, 1 other cases": [1, 2], "dsp, 3 other cases": [1, 2]}
+    assert xs("curve_masks") == {"masks": [1, 2], **dsp, "full": [1, 2]}
+    dsp = {"dsp, 1 masks": [1, 3], "dsp, 2 masks": [1, 3]}
+    assert xs("curve_weak") == {"masks, 1 masks": [1, 3], "masks, 2 masks": [1, 3], **dsp, "full": [1, 3]}
+    assert list(xs("curve_minutes")) == ["masks", "dsp, 1 other cases", "dsp, 3 other cases", "full"]
+    assert len(xs("curve_minutes")["full"]) == 1, "it costs the same at all counts"
+
+
+def test_all_other_cases_are_one_count_though_their_number_changes_with_the_masks(benchmark, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report, "_plot", lambda file, curves, *_, **__: drawn.update({file.stem: curves}))
+    benchmark("--arms", "dsp", "--masks", "1", "2", "3")
+    assert [(curve.label, [x for x, *_ in curve.points]) for curve in drawn["curve_masks"]] == [("dsp", [1, 2, 3])]
+    assert set(drawn) == {"curve_masks", "curve_minutes"}, "no mask count has two weak counts"
+    benchmark("--weak", "1", begin=False)
+    assert {curve.label: [x for x, *_ in curve.points] for curve in drawn["curve_masks"]} == {
+        "dsp, 1 other cases": [1, 2, 3],
+        "dsp, all other cases": [1, 2, 3],
+    }
+    assert [curve.label for curve in drawn["curve_weak"]] == ["dsp, 1 masks", "dsp, 2 masks", "dsp, 3 masks"]
 
 
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):
