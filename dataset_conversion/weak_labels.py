@@ -276,6 +276,18 @@ def _stroke(voxels: np.ndarray, options: WeakOptions, random: np.random.Generato
     return (drawn & inside)[1:-1, 1:-1]
 
 
+def check_rectangle(size: Sequence[int], axes: int) -> None:
+    """
+    Raises:
+        ValueError: `size` has neither one number nor one an axis.
+    """
+    if len(size) not in (1, axes):
+        raise ValueError(
+            f"--rectangle: expected one number or {axes}, one for each axis of the images ({axes}D), but got "
+            f"{len(size)}: {' '.join(map(str, size))}."
+        )
+
+
 def rectangle(
     mask: np.ndarray, ignore: int, size: tuple[int, ...], seed: tuple[int, ...]
 ) -> tuple[np.ndarray, tuple[slice, ...]]:
@@ -296,11 +308,7 @@ def rectangle(
     Raises:
         ValueError: `size` has neither one number nor one an axis.
     """
-    if len(size) not in (1, mask.ndim):
-        raise ValueError(
-            f"--rectangle: expected one number or {mask.ndim}, one for each axis of the images ({mask.ndim}D), but got "
-            f"{len(size)}: {' '.join(map(str, size))}."
-        )
+    check_rectangle(size, mask.ndim)
     sizes = [min(s, n) for s, n in zip(size * (mask.ndim // len(size)), mask.shape, strict=True)]
     random = np.random.default_rng([*seed, RECTANGLES])
     best: tuple[int, tuple[slice, ...]] = (0, ())

@@ -579,6 +579,44 @@ def test_all_other_cases_are_one_count_though_their_number_changes_with_the_mask
     assert [curve.label for curve in drawn["curve_weak"]] == ["dsp, 1 masks", "dsp, 2 masks", "dsp, 3 masks"]
 
 
+def test_a_rectangle_of_other_axes_is_refused_before_anything_is_made(benchmark):
+    words = ("--arms", "masks", "dsp", "--settings", "masks+rectangles")
+    for more in (("--plan",), ()):
+        status, _, err = benchmark(*words, "--rectangle", "8", "8", "8", *more)
+        assert status == 1 and "--rectangle: expected one number or 2, one for each axis of the images" in err
+        assert not benchmark.played.calls
+    assert benchmark(*words, "--rectangle", "8", "8")[0] == 0, "the folder is not spoilt"
+
+
+def test_an_unknown_setting_of_an_arm_is_refused_before_anything_is_written(benchmark):
+    for words in (("--plan",), ()):
+        arm = "weaker=nnUNetTrainerDSP:dsp_wieght=0.01"
+        status, _, err = benchmark("--arm", arm, "--arms", "masks", "weaker", *words)
+        assert status == 1 and "arm `weaker`: Unknown setting `dsp_wieght`" in err
+        assert not (benchmark.folder / "benchmark.json").exists()
+
+
+def test_an_arm_that_has_not_been_trained_can_be_defined_anew(benchmark):
+    mine, other = (f"mine=nnUNetTrainerDSP:dsp_weight={weight}" for weight in (0.1, 0.2))
+    assert benchmark("--arm", mine, "--arms", "masks", "mine", "mine:second", "--commands")[0] == 0
+    status, out, _ = benchmark("--arm", other, "--arms", "masks", "mine", begin=False)
+    assert status == 0 and "All 2 runs have finished" in out, "the rows of the earlier definition are gone"
+    assert benchmark.record(f"{DSP}__dsp_weight=0.2")
+    report = (benchmark.folder / "report.md").read_text()
+    assert f"--arm {other}" in report and mine not in report
+    status, _, err = benchmark("--arm", mine, begin=False)
+    assert status == 1 and f"another arm of this name already, {other}" in err
+
+
+def test_a_folder_without_a_training_may_be_removed_to_begin_anew(benchmark):
+    benchmark("--arms", "masks", "--commands")
+    _, _, err = benchmark("--epochs", "4", begin=False)
+    assert f"Nothing has been trained there, so you can remove {benchmark.folder}." in err
+    benchmark("--arms", "masks")
+    _, _, err = benchmark("--epochs", "4", begin=False)
+    assert "Nothing has been trained" not in err
+
+
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):
     status, _, _ = benchmark("--arm", "mine=nnUNetTrainerMine@masks:rate=0.5", "--arms", "mine")
     assert status == 0

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,7 +38,7 @@ from nnunet_dsp.benchmark.accuracy.refusals import (
     refuse_unplanned,
 )
 from nnunet_dsp.benchmark.accuracy.source import SourceFacts, evaluation_files, survey, verify_source
-from nnunet_dsp.benchmark.accuracy.training import Training, epochs_of
+from nnunet_dsp.benchmark.accuracy.training import Training, epochs_of, resolved_options
 from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, write_json
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.parallel import default_num_processes
@@ -58,7 +58,7 @@ class Wanted:
 def run_benchmark(args: argparse.Namespace) -> int:
     """`nnunet_dsp benchmark accuracy`."""
     folder = args.output
-    stored = raw_dataset.read_json(folder / "benchmark.json") if (folder / "benchmark.json").is_file() else None
+    stored = stored_config(folder)
     if stored is None and (args.run or args.report_only):
         raise FileNotFoundError(f"{folder} holds no benchmark (no benchmark.json). Is -o right?")
     wanted = merge(args, stored)
@@ -107,6 +107,12 @@ def run_benchmark(args: argparse.Namespace) -> int:
 # --- configuration
 
 
+def stored_config(folder: Path) -> dict[str, Any] | None:
+    """benchmark.json of DIR, None where there is none yet."""
+    file = Workplace(folder).config_file
+    return raw_dataset.read_json(file) if file.is_file() else None
+
+
 def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
     """What was given now, else what DIR remembers, else the default.
 
@@ -122,6 +128,7 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
             f"{args.output / 'benchmark.json'} is of format {stored.get('format')}, and this version writes {FORMAT}. "
             "Choose a new folder with -o."
         )
+    place = Workplace(args.output)
     fixed: dict[str, Any] = {}
     differences = []
     if args.dataset is not None and (stored is None or not same_dataset(args.dataset, stored["fixed"]["dataset"])):
@@ -148,6 +155,7 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
             f"{args.output} was begun with another configuration, and its runs could not be compared with new ones:\n"
             + "\n".join(f"  {line}" for line in differences)
             + "\nLeave these options out to go on as it was begun, or choose a new folder with -o."
+            + ("" if any(place.runs.glob("*")) else f" Nothing has been trained there, so you can remove {place.folder}.")
         )
     if fixed["dataset"] is None:
         raise ValueError(f"-d is missing: which dataset? ({args.output} holds no benchmark yet.)")
@@ -160,9 +168,40 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
         }
 
     selection = remembered(SELECTION)
-    selection["arm"] = with_definitions([] if stored is None else stored["selection"]["arm"], args.arm or [])
+    earlier = [] if stored is None else stored["selection"]["arm"]
+    selection["arm"] = with_definitions(earlier, args.arm or [], _untrained(place, earlier))
     calls = [] if stored is None else stored.get("calls", [stored["selection"]])
     return Wanted(fixed, selection, remembered(HOW), calls)
+
+
+def _defined_by(arm: str) -> str:
+    """The name that --arm gives: without :pretrained and :second."""
+    return arm.partition(":")[0]
+
+
+def _untrained(place: Workplace, definitions: Sequence[str]) -> set[str]:
+    """Names of the user's arms that no run has finished for."""
+    names = {text.partition("=")[0] for text in definitions}
+    rows = (Row(*row) for row in read_plan(place)["rows"])
+    return names - {_defined_by(row.arm) for row in rows if place.record_file(row.run).is_file()}
+
+
+def _forget_redefined(place: Workplace, wanted: Wanted) -> set[str]:
+    """Names of arms that are defined anew; the calls that named them by their earlier definition leave them out."""
+    stored = stored_config(place.folder)
+    earlier = [] if stored is None else stored["selection"]["arm"]
+    names = {text.partition("=")[0] for text in earlier if text not in wanted.selection["arm"]}
+    if names:
+        wanted.calls = [
+            {
+                **call,
+                "arms": [arm for arm in call["arms"] if _defined_by(arm) not in names],
+                "arm": [text for text in call["arm"] if text.partition("=")[0] not in names],
+            }
+            for call in wanted.calls
+        ]
+        wanted.calls = [call for call in wanted.calls if call["arms"]]
+    return names
 
 
 def same_dataset(given: str, name: str) -> bool:
@@ -171,12 +210,19 @@ def same_dataset(given: str, name: str) -> bool:
 
 
 def selected(selection: Mapping[str, Any], facts: Facts) -> Grid:
-    """The grid of what is selected; ValueError where a name is unknown."""
+    """The grid of what is selected; ValueError where a name or an option of a trainer is unknown."""
     custom = {arm.name: arm for arm in map(parse_custom_arm, selection["arm"])}
     arms = [parse_arm(name, custom) for name in dict.fromkeys(selection["arms"])]
     settings = [parse_setting(name) for name in dict.fromkeys(selection["settings"])]
     masks, weak, seeds = (list(dict.fromkeys(selection[key])) for key in ("masks", "weak", "seeds"))
-    return make_grid(arms, settings, masks, weak, seeds, facts)
+    grid = make_grid(arms, settings, masks, weak, seeds, facts)
+    arm_of = {row.run: f"arm `{row.arm}`" for row in grid.rows}
+    for run in grid.runs.values():
+        try:
+            resolved_options(run)
+        except ValueError as error:
+            raise ValueError(f"{arm_of.get(run.id, run.id)}: {error}") from None
+    return grid
 
 
 # --- setting up
@@ -243,7 +289,7 @@ def _set_up(place: Workplace, wanted: Wanted) -> tuple[SourceFacts, Grid]:
         write_json(place.source_file, asdict(facts))
     if other is not None and not place.pretraining_file.is_file():
         write_json(place.pretraining_file, asdict(other))
-    numbers = _extend_plan(place, grid)
+    numbers = _extend_plan(place, grid, _forget_redefined(place, wanted))
     wanted.calls = with_call(wanted.calls, wanted.selection)
     write_json(place.config_file, {"format": FORMAT, **asdict(wanted)})
     Datasets(place, facts, wanted.fixed, numbers).make_full(source, evaluation)
@@ -257,8 +303,8 @@ def read_plan(place: Workplace) -> dict[str, Any]:
     return raw_dataset.read_json(place.plan_file)
 
 
-def _extend_plan(place: Workplace, grid: Grid) -> dict[str, int]:
-    """Add what is asked for now to plan.json; dataset numbers by name."""
+def _extend_plan(place: Workplace, grid: Grid, redefined: Collection[str]) -> dict[str, int]:
+    """Add what is asked for now to plan.json, without the earlier rows of redefined arms; dataset numbers by name."""
     plan = read_plan(place)
     for run in grid.runs.values():
         if run.data.name not in plan["datasets"]:
@@ -266,7 +312,8 @@ def _extend_plan(place: Workplace, grid: Grid) -> dict[str, int]:
         plan["runs"][run.id] = asdict(run)
     if max(plan["datasets"].values()) > 999:
         raise ValueError("nnU-Net knows 999 datasets, and this benchmark needs more. Split it over several folders.")
-    rows = {row[:-1]: row for row in (Row(*row) for row in plan["rows"])}
+    earlier = (Row(*row) for row in plan["rows"])
+    rows = {row[:-1]: row for row in earlier if _defined_by(row.arm) not in redefined}
     rows |= {row[:-1]: row for row in grid.rows}
     plan["rows"] = [list(row) for row in rows.values()]
     write_json(place.plan_file, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 # Options by name: what a folder remembers of them.
@@ -22,17 +22,19 @@ def shown_value(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def with_definitions(earlier: Sequence[str], new: Sequence[str]) -> list[str]:
+def with_definitions(earlier: Sequence[str], new: Sequence[str], untrained: Collection[str] = ()) -> list[str]:
     """The arms that are defined after a call: the earlier ones, which are still known, and the new ones.
 
     Args:
         earlier, new: values of --arm, NAME=DEFINITION each.
+        untrained: names of earlier ones that may be defined anew, for nothing has been trained by them.
 
     Raises:
         ValueError: a name has two definitions; a mean over seeds would then mix two arms.
     """
+    replaced = {text.partition("=")[0] for text in new} & set(untrained)
     definitions: dict[str, str] = {}
-    for text in (*earlier, *new):
+    for text in (*(text for text in earlier if text.partition("=")[0] not in replaced), *new):
         name = text.partition("=")[0]
         if definitions.setdefault(name, text) != text:
             raise ValueError(

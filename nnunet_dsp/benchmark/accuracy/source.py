@@ -19,7 +19,13 @@ from nnunet_dsp.dataset_conversion.parallel import map_cases
 from nnunet_dsp.dataset_conversion.raw_dataset import RawCase, RawDataset
 from nnunet_dsp.dataset_conversion.simulate import net_like_classes
 from nnunet_dsp.dataset_conversion.splits import SPLITS_FILE, read_splits
-from nnunet_dsp.dataset_conversion.weak_labels import WeakOptions, annotate, box_coverage, find_objects
+from nnunet_dsp.dataset_conversion.weak_labels import (
+    WeakOptions,
+    annotate,
+    box_coverage,
+    check_rectangle,
+    find_objects,
+)
 
 
 class Split(NamedTuple):
@@ -134,8 +140,8 @@ class _SurveyJob(NamedTuple):
     ignore: int | None
 
 
-def _survey_case(job: _SurveyJob) -> tuple[str, dict[str, int], dict[str, float], bool]:
-    """Case, objects by class shown, share of the image in boxes by class, whether every voxel is annotated."""
+def _survey_case(job: _SurveyJob) -> tuple[str, dict[str, int], dict[str, float], bool, int]:
+    """Case, objects by class shown, share of the image in boxes by class, whether every voxel is annotated, axes."""
     mask, _ = raw_dataset.read_label(job.reader_writer, job.case.label)
     flat = mask[0] if mask.shape[0] == 1 else mask
     values = set(np.unique(flat).tolist())
@@ -148,7 +154,7 @@ def _survey_case(job: _SurveyJob) -> tuple[str, dict[str, int], dict[str, float]
         objects[item.label] = objects.get(item.label, 0) + 1
     options = WeakOptions(box_classes=names)
     coverage = box_coverage(annotate(flat, job.labels, ("boxes",), options, (0,)))
-    return job.case.name, objects, coverage, job.ignore is None or job.ignore not in values
+    return job.case.name, objects, coverage, job.ignore is None or job.ignore not in values, flat.ndim
 
 
 @dataclass(frozen=True)
@@ -235,7 +241,7 @@ def survey(
         The facts, and for each evaluation case its image files and label file.
 
     Raises:
-        ValueError: masks that are missing or not complete; test cases without a mask.
+        ValueError: masks that are missing or not complete; test cases without a mask; a --rectangle of other axes.
     """
     labels = source.labels
     split = choose_cases(source, fixed)
@@ -251,7 +257,10 @@ def survey(
     objects: dict[str, dict[str, int]] = {}
     coverages = []
     partly = []
-    for name, found, coverage, whole in map_cases(_survey_case, jobs, processes=processes, description="Reading masks"):
+    for name, found, coverage, whole, axes in map_cases(
+        _survey_case, jobs, processes=processes, description="Reading masks"
+    ):
+        check_rectangle(fixed["rectangle"], axes)
         objects[name] = found
         coverages.append(coverage)
         if not whole:
