@@ -617,6 +617,25 @@ def test_a_folder_without_a_training_may_be_removed_to_begin_anew(benchmark):
     assert "Nothing has been trained" not in err
 
 
+def test_an_arm_that_the_setting_has_nothing_for_is_left_out_and_that_is_said(benchmark):
+    said = "Left out: dsp:scribbles in mixed with 2 masks: the setting has no scribbles."
+    status, out, err = benchmark("--arms", "masks", "dsp:scribbles", "--commands")
+    assert status == 0 and said in err and "Left out" not in out
+    status, _, err = benchmark(begin=False)
+    assert status == 0 and said in err
+    assert said in (benchmark.folder / "report.md").read_text()
+    benchmark("--report-only", begin=False)
+    assert said in (benchmark.folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("words", [(), ("--plan",), ("--commands",)])
+def test_a_call_that_leaves_nothing_to_train_is_refused(benchmark, words):
+    status, _, err = benchmark("--arms", "dsp:scribbles", *words)
+    assert status == 1
+    assert "Nothing is left to train.\nLeft out: dsp:scribbles in mixed with 2 masks: the setting has no" in err
+    assert not (benchmark.folder / "benchmark.json").exists()
+
+
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):
     status, _, _ = benchmark("--arm", "mine=nnUNetTrainerMine@masks:rate=0.5", "--arms", "mine")
     assert status == 0

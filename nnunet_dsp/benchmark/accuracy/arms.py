@@ -394,6 +394,15 @@ class Grid:
         return max((1 + self.depth(self.runs[name]) for name in run.after), default=0)
 
 
+def left_out_texts(left_out: Mapping[str, str]) -> list[str]:
+    """A sentence for each arm that was left out.
+
+    Args:
+        left_out: see Grid; why, by which arm and where.
+    """
+    return [f"Left out: {what}: {why}." for what, why in left_out.items()]
+
+
 def data_of(arm: Arm, setting: Setting, masks: int, weak: int, seed: int, facts: Facts) -> Data | str:
     """What an arm trains on in a setting, in the one form that equal data have; or why it has nothing to train on."""
     masks_only = Data("full") if masks == facts.cases else Data("masks", masks, seed=seed)

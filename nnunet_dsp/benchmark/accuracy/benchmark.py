@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import signal
 import sys
@@ -22,6 +23,7 @@ from nnunet_dsp.benchmark.accuracy.arms import (
     Grid,
     Row,
     Run,
+    left_out_texts,
     make_grid,
     parse_arm,
     parse_custom_arm,
@@ -82,8 +84,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
     if args.plan and not args.time:
         facts, source, evaluation = _facts(place, wanted, with_checksums=False)
         _pretraining_facts(place, wanted, facts, source, evaluation, with_checksums=False)
-        grid = selected(wanted.selection, Facts(len(facts.training), facts.boxes_exclude(wanted.fixed)))
-        refuse_changed_defaults(place, grid)
+        grid = _grid(place, wanted, facts)
         return _say_plan(place, wanted, facts, grid, args)
     place.make()
     with place.lock("setup", f"Waiting for another process that sets {folder} up."):
@@ -151,11 +152,12 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
                 differences.append(f"{flag_of(name)}: {shown_value(value)} there, {shown_value(given)} now")
         fixed[name] = value
     if differences:
+        trained = any(place.runs.glob("*"))
         raise ValueError(
             f"{args.output} was begun with another configuration, and its runs could not be compared with new ones:\n"
             + "\n".join(f"  {line}" for line in differences)
             + "\nLeave these options out to go on as it was begun, or choose a new folder with -o."
-            + ("" if any(place.runs.glob("*")) else f" Nothing has been trained there, so you can remove {place.folder}.")
+            + ("" if trained else f" Nothing has been trained there, so you can remove {place.folder}.")
         )
     if fixed["dataset"] is None:
         raise ValueError(f"-d is missing: which dataset? ({args.output} holds no benchmark yet.)")
@@ -175,8 +177,8 @@ def merge(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> Wanted:
 
 
 def _defined_by(arm: str) -> str:
-    """The name that --arm gives: without :pretrained and :second."""
-    return arm.partition(":")[0]
+    """The name that --arm gives: without :pretrained and :second, and without what a text says after it."""
+    return re.split("[: ]", arm, maxsplit=1)[0]
 
 
 def _untrained(place: Workplace, definitions: Sequence[str]) -> set[str]:
@@ -222,6 +224,19 @@ def selected(selection: Mapping[str, Any], facts: Facts) -> Grid:
             resolved_options(run)
         except ValueError as error:
             raise ValueError(f"{arm_of.get(run.id, run.id)}: {error}") from None
+    return grid
+
+
+def _grid(place: Workplace, wanted: Wanted, facts: SourceFacts) -> Grid:
+    """What is selected, on this dataset.
+
+    Raises:
+        ValueError: nothing of it can be trained, or defaults have changed since a run finished.
+    """
+    grid = selected(wanted.selection, Facts(len(facts.training), facts.boxes_exclude(wanted.fixed)))
+    if not grid.rows:
+        raise ValueError("\n".join(["Nothing is left to train.", *left_out_texts(grid.left_out)]))
+    refuse_changed_defaults(place, grid)
     return grid
 
 
@@ -283,8 +298,9 @@ def _set_up(place: Workplace, wanted: Wanted) -> tuple[SourceFacts, Grid]:
     """Look at the source, write down what is wanted, make the dataset of all masks."""
     facts, source, evaluation = _facts(place, wanted)
     other = _pretraining_facts(place, wanted, facts, source, evaluation)
-    grid = selected(wanted.selection, Facts(len(facts.training), facts.boxes_exclude(wanted.fixed)))
-    refuse_changed_defaults(place, grid)
+    grid = _grid(place, wanted, facts)
+    for text in left_out_texts(grid.left_out):
+        say(text)
     if not place.source_file.is_file():
         write_json(place.source_file, asdict(facts))
     if other is not None and not place.pretraining_file.is_file():
@@ -316,6 +332,8 @@ def _extend_plan(place: Workplace, grid: Grid, redefined: Collection[str]) -> di
     rows = {row[:-1]: row for row in earlier if _defined_by(row.arm) not in redefined}
     rows |= {row[:-1]: row for row in grid.rows}
     plan["rows"] = [list(row) for row in rows.values()]
+    left_out = {what: why for what, why in plan.get("left_out", {}).items() if _defined_by(what) not in redefined}
+    plan["left_out"] = {**left_out, **grid.left_out}
     write_json(place.plan_file, plan)
     return dict(plan["datasets"])
 
@@ -475,13 +493,14 @@ def _report(place: Workplace, wanted: Wanted) -> int:
 
     facts = SourceFacts.read(place.source_file)
     order = {arm: number for number, arm in enumerate(wanted.selection["arms"])}
-    rows = sorted((Row(*row) for row in read_plan(place)["rows"]), key=lambda row: order.get(row.arm, len(order)))
+    plan = read_plan(place)
+    rows = sorted((Row(*row) for row in plan["rows"]), key=lambda row: order.get(row.arm, len(order)))
     prices = parse_prices(wanted.how["cost"])
     commands = [
         command_line("accuracy", place.folder.name, ((wanted.fixed, FIXED), (selection, SELECTION), (wanted.how, HOW)))
         for selection in wanted.calls
     ]
-    print(write_report(place, facts, wanted.fixed, rows, prices, commands))
+    print(write_report(place, facts, wanted.fixed, rows, prices, commands, plan.get("left_out", {})))
     return 0
 
 

@@ -6,7 +6,7 @@ import shutil
 import time
 from typing import Any
 
-from nnunet_dsp.benchmark.accuracy.arms import Data, Grid, Run
+from nnunet_dsp.benchmark.accuracy.arms import Data, Grid, Run, left_out_texts
 from nnunet_dsp.benchmark.accuracy.measures import mean
 from nnunet_dsp.benchmark.accuracy.training import (
     SCHEDULE_KEY,
@@ -48,7 +48,7 @@ def estimate(training: Training, grid: Grid, *, jobs: int = 1, time_now: bool = 
         lines.append(f"  {run.id}{then}   {'time unknown' if expected is None else duration(expected)}")
     if not waiting:
         lines = [f"All {len(grid.runs)} runs have finished."]
-    lines += [f"Left out: {what}: {why}." for what, why in grid.left_out.items()]
+    lines += left_out_texts(grid.left_out)
     told = [value for value in seconds if value is not None]
     if told:
         unknown = len(seconds) - len(told)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnunet_dsp.benchmark.accuracy.arms import PRETRAINED, SECOND, Data, Row
+from nnunet_dsp.benchmark.accuracy.arms import PRETRAINED, SECOND, Data, Row, left_out_texts
 from nnunet_dsp.benchmark.accuracy.cost import Counts, Price, minutes
 from nnunet_dsp.benchmark.accuracy.datasets import FULL
 from nnunet_dsp.benchmark.accuracy.measures import (
@@ -139,12 +139,14 @@ def write_report(
     rows: Sequence[Row],
     prices: Mapping[str, Price],
     commands: Sequence[str],
+    left_out: Mapping[str, str],
 ) -> str:
     """Write every file of the report into DIR; returns what to print.
 
     Args:
         rows: what was asked for, in the order in which the arms are to be shown.
         commands: what was typed.
+        left_out: why, by which arm and where; see Grid.
     """
     wanted = {row.run for row in rows}
     records = {run: record for run in sorted(wanted) if (record := place.record(run)) is not None}
@@ -155,7 +157,7 @@ def write_report(
     _write_csvs(folder, rows, records, tables, prices)
     curves = write_curves(folder, tables, prices, len(facts.training))
     pictures = write_pictures(place, facts, tables)
-    text = markdown(facts, fixed, rows, records, tables, prices, curves, pictures, commands, pretraining)
+    text = markdown(facts, fixed, rows, records, tables, prices, curves, pictures, commands, pretraining, left_out)
     write_text(folder / "report.md", text)
     short = "\n\n".join(
         f"{where}\n{plain_table(main_table(lines, prices))}" for where, lines in tables.items() if _any(lines)
@@ -242,6 +244,7 @@ def markdown(
     pictures: Mapping[Place, str],
     commands: Sequence[str],
     pretraining: Records,
+    left_out: Mapping[str, str],
 ) -> str:
     """The report."""
     schedule = f"{fixed['epochs']} epochs of {fixed['iterations_per_epoch']} iterations"
@@ -263,6 +266,7 @@ def markdown(
     ]  # fmt: skip
     if facts.not_boxed and fixed["box_classes"] is None:
         parts.append(f"Not boxed, since their boxes would cover most of the image: {', '.join(facts.not_boxed)}.")
+    parts += left_out_texts(left_out)
     if pretraining:
         parts.append(_about_pretraining(fixed, pretraining))
     parts += [f"![{Path(name).stem}]({name})" for name in curves]
