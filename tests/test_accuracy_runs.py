@@ -13,6 +13,8 @@ from skimage.io import imread, imsave
 
 from nnunet_dsp.annotations import LabelNames, read_annotations
 from nnunet_dsp.benchmark.accuracy import report, workplace
+from nnunet_dsp.benchmark.accuracy.annotators import order_of_masks
+from nnunet_dsp.benchmark.accuracy.source import SourceFacts
 from nnunet_dsp.cli import main
 
 LABELS = {"background": 0, "cell": 1, "nucleus": 2}
@@ -634,6 +636,16 @@ def test_a_call_that_leaves_nothing_to_train_is_refused(benchmark, words):
     assert status == 1
     assert "Nothing is left to train.\nLeft out: dsp:scribbles in mixed with 2 masks: the setting has no" in err
     assert not (benchmark.folder / "benchmark.json").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("--group", "toy_(?=[0-2])|oy_(?=[3-5])")])
+def test_the_report_names_the_masked_cases_in_the_order_in_which_they_get_their_mask(benchmark, words):
+    benchmark("--arms", "masks", "--masks", "4", "--seeds", "0", "1", "2", *words)
+    text = (benchmark.folder / "report.md").read_text()
+    facts = SourceFacts.read(benchmark.folder / "source.json")
+    for seed in (0, 1, 2):
+        order = ", ".join(order_of_masks(facts.shown, seed, facts.groups)[:4])
+        assert f"- seed {seed}, masked cases in the order in which they get their mask: {order}\n" in text
 
 
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nnunet_dsp.benchmark.accuracy.annotators import order_of_masks
 from nnunet_dsp.benchmark.accuracy.arms import PRETRAINED, SECOND, Data, Row, left_out_texts
 from nnunet_dsp.benchmark.accuracy.cost import Counts, Price, minutes
 from nnunet_dsp.benchmark.accuracy.datasets import FULL
@@ -286,7 +287,7 @@ def markdown(
             ]
         if where in pictures:
             parts.append(f"![best, median and worst case]({pictures[where]})")
-    parts.append(_provenance({**pretraining, **records}))
+    parts.append(_provenance(facts, {**pretraining, **records}))
     return "\n\n".join(parts) + "\n"
 
 
@@ -304,7 +305,7 @@ def _about_pretraining(fixed: Mapping[str, Any], pretraining: Records) -> str:
     )
 
 
-def _provenance(records: Records) -> str:
+def _provenance(facts: SourceFacts, records: Records) -> str:
     lines = ["## Runs", ""]
     states = [s for r in records.values() for s in (r["code"], *r.get("code_before_interruption", ()))]
     code = sorted({code_state(state) for state in states})
@@ -314,20 +315,23 @@ def _provenance(records: Records) -> str:
     for key in ("versions", "machine"):
         for text in sorted({", ".join(f"{k} {v}" for k, v in record[key].items()) for record in records.values()}):
             lines.append(f"- {text}")
-    for seed, cases in sorted(_masked(records).items()):
+    for seed, cases in sorted(_masked(facts, records).items()):
         lines.append(f"- seed {seed}, masked cases in the order in which they get their mask: {', '.join(cases)}")
     lines += ["", markdown_table(run_table(records))]
     return "\n".join(lines)
 
 
-def _masked(records: Records) -> dict[int, list[str]]:
-    """By seed the masked cases, those of the smaller counts first."""
-    result: dict[int, list[str]] = {}
-    for record in sorted(records.values(), key=lambda record: record["data"]["masks"]):
+def _masked(facts: SourceFacts, records: Records) -> dict[int, list[str]]:
+    """By seed the masked cases, in the order in which they get their mask."""
+    masked: dict[int, set[str]] = {}
+    for record in records.values():
         if record["data"]["source"] not in ("full", "pretrain"):
-            known = result.setdefault(record["data"]["seed"], [])
-            known += [case for case, kinds in record.get("cases", {}).items() if "mask" in kinds and case not in known]
-    return result
+            known = masked.setdefault(record["data"]["seed"], set())
+            known |= {case for case, kinds in record.get("cases", {}).items() if "mask" in kinds}
+    return {
+        seed: [case for case in order_of_masks(facts.shown, seed, facts.groups) if case in known]
+        for seed, known in masked.items()
+    }
 
 
 def run_table(records: Records) -> list[list[str]]:
