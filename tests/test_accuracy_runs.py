@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -646,6 +647,33 @@ def test_the_report_names_the_masked_cases_in_the_order_in_which_they_get_their_
     for seed in (0, 1, 2):
         order = ", ".join(order_of_masks(facts.shown, seed, facts.groups)[:4])
         assert f"- seed {seed}, masked cases in the order in which they get their mask: {order}\n" in text
+
+
+def test_only_commands_are_on_stdout_whatever_the_reader_prints(source, played, tmp_path, capfd, monkeypatch):
+    import tifffile
+
+    shutil.rmtree(source)
+    for part, numbers in (("Tr", range(4)), ("Ts", range(4, 6))):
+        for kind in ("images", "labels"):
+            (source / (kind + part)).mkdir(parents=True)
+        for number in numbers:  # without a spacing file, of which nnU-Net's reader prints a warning
+            image, mask = (np.stack([array] * 5) for array in image_and_mask(number))
+            tifffile.imwrite(source / f"images{part}" / f"toy_{number}_0000.tif", image)
+            tifffile.imwrite(source / f"labels{part}" / f"toy_{number}.tif", mask)
+    content = {"channel_names": {"0": "EM"}, "labels": LABELS, "numTraining": 4, "file_ending": ".tif"}
+    (source / "dataset.json").write_text(json.dumps(content))
+    monkeypatch.setattr(Played, "_preprocess", lambda *_: None)
+    words = ["-d", "7", "-o", str(tmp_path / "out"), "--arms", "masks", "dsp", "--masks", "2", "--seeds", "0"]
+    words += ["--device", "cpu", "--commands", "--num-processes"]
+    for processes in ("1", "2"):
+        assert main(["benchmark", "accuracy", *words, processes]) == 0
+        said = capfd.readouterr()
+        assert [line.split()[-2:] for line in said.out.splitlines()] == [
+            ["--run", MASKS],
+            ["--run", "m2_w2_s0_weak_tags-points-boxes__nnUNetTrainerDSP"],
+        ]
+        assert "spacing" in said.err
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from nnunet_dsp.benchmark.accuracy.refusals import (
 )
 from nnunet_dsp.benchmark.accuracy.source import SourceFacts, evaluation_files, survey, verify_source
 from nnunet_dsp.benchmark.accuracy.training import Training, epochs_of, resolved_options
-from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, write_json
+from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, stdout_to_stderr, write_json
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.parallel import default_num_processes
 from nnunet_dsp.dataset_conversion.raw_dataset import RawDataset
@@ -87,7 +87,10 @@ def run_benchmark(args: argparse.Namespace) -> int:
         grid = _grid(place, wanted, facts)
         return _say_plan(place, wanted, facts, grid, args)
     place.make()
-    with place.lock("setup", f"Waiting for another process that sets {folder} up."):
+    with (
+        stdout_to_stderr() if args.commands else nullcontext(),  # there are only commands on stdout then
+        place.lock("setup", f"Waiting for another process that sets {folder} up."),
+    ):
         facts, grid = _set_up(place, wanted)
     if args.plan:
         return _say_plan(place, wanted, facts, grid, args)
