@@ -256,6 +256,32 @@ def test_a_second_network_learns_what_the_first_predicts():
     }
 
 
+def test_second_networks_of_one_trainer_on_painted_and_on_weak_labels_are_two_runs():
+    custom = {"painted": parse_custom_arm(f"painted={DSP}@ignore"), "weak": parse_custom_arm(f"weak={VANILLA}@weak")}
+    arms = ["dsp:points", "painted", "weak", "ignore"]
+    grid = grid_of([f"{arm}:second" for arm in arms], ["masks+points"], custom=custom)
+    run = {row.arm: grid.runs[row.run] for row in grid.rows}
+    for arm, source in zip(arms, ("weak", "ignore", "weak", "ignore"), strict=True):
+        assert grid.runs[run[f"{arm}:second"].needs].data.source == source
+    assert len({each.data.name for each in run.values()}) == 4
+
+
+def test_second_networks_keep_the_names_that_folders_have():
+    arms = ["dsp", "ignore", "prompt:partial", "dsp:points-loss", "ignore:pretrained", "dsp:pretrained"]
+    grid = grid_of([f"{arm}:second" for arm in arms], ["masks+points+rectangles"])
+    names = [row.run.partition("_second_")[2] for row in grid.rows]
+    assert names[:3] == [
+        "points-rectangles_nnUNetTrainerDSP__nnUNetTrainer",
+        "points-rectangles_nnUNetTrainer__nnUNetTrainer",
+        "rectangles_nnUNetTrainerPrompt__nnUNetTrainer",
+    ]
+    assert names[3:] == [
+        "points_484c2f19__nnUNetTrainer",
+        "points-rectangles_nnUNetTrainer__pretrained__nnUNetTrainer",
+        "points-rectangles_nnUNetTrainerDSP__pretrained__nnUNetTrainer",
+    ]
+
+
 def test_self_training_from_pre_trained_weights_has_pseudo_labels_of_its_own():
     grid = grid_of(["selftrain", "selftrain:pretrained"])
     plain, pretrained = (grid.runs[row.run] for row in grid.rows)

@@ -306,8 +306,9 @@ class Data:
         if self.prompt_from:
             text += f"_prompt-{self.prompt_from}"
         if self.made_by:
-            trainer = self.made_by.partition("__")[2]
-            text += "_" + (trainer if re.fullmatch(r"\w{1,60}", trainer) else _digest(self.made_by))
+            first, _, trainer = self.made_by.partition("__")
+            readable = re.fullmatch(r"\w{1,60}", trainer) and not _is_unusual(first, trainer)
+            text += "_" + (trainer if readable else _digest(self.made_by))
         return text
 
 
@@ -347,6 +348,16 @@ class Run:
         if self.pretrained is not None:
             text += "__pretrained"
         return text if self.data.source != "full" else f"{text}__s{self.seed}"
+
+
+def _is_unusual(data: str, trainer: str) -> bool:
+    """Whether the name of a first network's data is of another source than this trainer usually has.
+
+    Names of second networks leave the usual one out. Vanilla and prompt trainers have painted labels, others weak ones.
+    """
+    usual = "ignore" if trainer.partition("__")[0] == VANILLA or trainer.startswith(PROMPT) else "weak"
+    found = re.match(r"m\d+_w\d+_s\d+_(ignore|weak)(?:_|$)", data)
+    return found is not None and found[1] != usual
 
 
 def _short(value: Any) -> str:
@@ -392,6 +403,15 @@ class Grid:
     def depth(self, run: Run) -> int:
         """How many trainings have to come before it, one after the other."""
         return max((1 + self.depth(self.runs[name]) for name in run.after), default=0)
+
+    def add(self, run: Run) -> None:
+        """
+        Raises:
+            RuntimeError: another training has the same id, so that one would be taken for the other.
+        """
+        known = self.runs.setdefault(run.id, run)
+        if known != run:
+            raise RuntimeError(f"Two trainings are called {run.id}: {known} and {run}.")
 
 
 def left_out_texts(left_out: Mapping[str, str]) -> list[str]:
@@ -477,19 +497,19 @@ def _add(grid: Grid, arm: Arm, setting: Setting, masks: int, weak: int, seed: in
     needs = pretrained = None
     if arm.pretrained:
         start = pretraining(arm)
-        grid.runs.setdefault(start.id, start)
+        grid.add(start)
         pretrained = start.id
     if data.source == "pseudo":
         first = Run(Data("masks", masks, seed=seed), arm.trainer, arm.options, seed, pretrained=pretrained)
-        grid.runs.setdefault(first.id, first)
+        grid.add(first)
         needs = first.id
         if first != Run(first.data, VANILLA, (), seed):
             data = replace(data, made_by=needs)
     run = Run(data, arm.trainer, arm.options, seed, needs, pretrained)
-    grid.runs.setdefault(run.id, run)
+    grid.add(run)
     if arm.second:
         run = Run(replace(data, source="second", made_by=run.id), VANILLA, (), seed, run.id)
-        grid.runs.setdefault(run.id, run)
+        grid.add(run)
     row = Row(arm.name, setting.name, masks, weak, seed, run.id)
     if row not in grid.rows:
         grid.rows.append(row)
