@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import threading
 import zipfile
 from pathlib import Path
 
@@ -64,11 +65,13 @@ class Played:
 
     def __init__(self):
         self.calls = []
+        self.gpus = []
         self.fail = {}
 
     def __call__(self, place, *words, log, gpu=None, on_line=None, pid_file=None):
         words = [str(word) for word in words]
         self.calls.append(words)
+        self.gpus.append((words[0].removeprefix("nnUNetv2_"), place.environment(gpu).get("CUDA_VISIBLE_DEVICES")))
         getattr(self, words[0].removeprefix("nnUNetv2_"))(place, words, on_line)
         return 1.0
 
@@ -674,6 +677,37 @@ def test_only_commands_are_on_stdout_whatever_the_reader_prints(source, played, 
         ]
         assert "spacing" in said.err
         shutil.rmtree(tmp_path / "out")
+
+
+def gpus_of(played):
+    return [(command, gpu) for command, gpu in played.gpus if command in ("train", "predict")]
+
+
+def test_a_run_and_the_predictions_it_learns_from_are_made_on_its_gpu(benchmark, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    words = ("--settings", "masks+points", "--arms", "selftrain", "ignore:second", "--commands")
+    _, out, _ = benchmark(*words, "--gpus", "3")
+    for line in out.splitlines():
+        assert benchmark("--run", line.split()[-1], "--gpus", "3", begin=False)[0] == 0
+    made = gpus_of(benchmark.played)
+    assert made.count(("train", "3")) == 4 and made.count(("predict", "3")) == 6 and len(made) == 10
+
+
+@pytest.mark.parametrize("jobs", [(), ("--jobs", "1"), ("--jobs", "3")])
+def test_the_trainings_take_turns_on_the_gpus(benchmark, monkeypatch, jobs):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert benchmark("--arms", "masks", "full", "dsp", "ignore", "--gpus", "2", "3", *jobs)[0] == 0
+    made = gpus_of(benchmark.played)
+    assert {gpu for command, gpu in made if command == "train"} == {"2", "3"}
+    if jobs == ("--jobs", "1"):
+        assert made == [(command, gpu) for gpu in "2323" for command in ("train", "predict")]
+
+
+def test_there_is_a_training_on_each_gpu_at_a_time_unless_said_otherwise(benchmark):
+    both = threading.Barrier(2, timeout=60)
+    train = benchmark.played.train
+    benchmark.played.train = lambda *words: (both.wait(), train(*words))
+    assert benchmark("--arms", "masks", "full", "--gpus", "2", "3")[0] == 0, "neither waits for the other one's end"
 
 
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):

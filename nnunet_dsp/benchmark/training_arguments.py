@@ -81,10 +81,15 @@ def add_training_arguments(
     )
 
 
-def add_running_arguments(how: Group, processes: str) -> None:
-    """The keys of RUNNING, and what a call says about itself alone; `processes` says what --num-processes are of."""
+def add_running_arguments(how: Group, processes: str, *, jobs: str = "1") -> None:
+    """The keys of RUNNING, and what a call says about itself alone.
+
+    Args:
+        processes: what --num-processes are of.
+        jobs: how many trainings run side by side if --jobs does not say.
+    """
     how.add_argument("-device", "--device", choices=("cpu", "cuda", "mps"), help="(default: cuda)")
-    how.add_argument("--jobs", metavar="N", type=int, default=1, help="trainings side by side (default: 1)")
+    how.add_argument("--jobs", metavar="N", type=int, help=f"trainings side by side (default: {jobs})")
     how.add_argument("--threads", metavar="N", type=int, help="of each training on a CPU (default: all cores)")
     how.add_argument("--num-processes", metavar="N", type=int, help=f"of {processes}")
     how.add_argument("--plan", action="store_true", help="say what would be done and how long it would take")

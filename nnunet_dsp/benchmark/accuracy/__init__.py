@@ -159,7 +159,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     how = parser.add_argument_group("how it runs")
-    add_running_arguments(how, "preprocessing, prediction, evaluation")
+    add_running_arguments(how, "preprocessing, prediction, evaluation", jobs="1, or one for each of --gpus")
     how.add_argument("--gpus", metavar="ID", nargs="+", help="the jobs take turns on these (CUDA_VISIBLE_DEVICES)")
     how.add_argument("--commands", action="store_true", help="print every run as one command for a scheduler")
     how.add_argument("--run", metavar="RUN", help="do one run of those that --commands printed")

@@ -80,7 +80,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
     if not args.commands and (not args.plan or args.time):
         refuse_missing_gpu(place.device)
     if args.run:
-        return _one_run(place, wanted, args.run)
+        return _one_run(place, wanted, args.run, gpus_of(args)[0])
     if args.plan and not args.time:
         facts, source, evaluation = _facts(place, wanted, with_checksums=False)
         _pretraining_facts(place, wanted, facts, source, evaluation, with_checksums=False)
@@ -364,7 +364,17 @@ def _training(place: Workplace, wanted: Wanted, facts: SourceFacts, grid: Grid |
 # --- doing it
 
 
-def _one_run(place: Workplace, wanted: Wanted, name: str) -> int:
+def gpus_of(args: argparse.Namespace) -> list[str | None]:
+    """What the jobs take turns on; CUDA_VISIBLE_DEVICES, None where it stays as it is."""
+    return list(args.gpus or [None])
+
+
+def jobs_of(args: argparse.Namespace) -> int:
+    """How many trainings run side by side: one for each GPU unless --jobs says."""
+    return args.jobs or len(gpus_of(args))
+
+
+def _one_run(place: Workplace, wanted: Wanted, name: str, gpu: str | None) -> int:
     facts = SourceFacts.read(place.source_file)
     training = _training(place, wanted, facts)
     if name not in training.runs:
@@ -372,7 +382,7 @@ def _one_run(place: Workplace, wanted: Wanted, name: str) -> int:
     if training.datasets.ready(Data("full")) is None:
         raise ValueError(f"{place.folder} is not set up yet. Call it with --commands first; that prepares the data.")
     with ending_children(place):
-        record = training.execute(training.runs[name], progress=_print_progress(training))
+        record = training.execute(training.runs[name], gpu, progress=_print_progress(training))
     print(f"{name}: mean Dice {record['means']['Dice']['mean']:.3f}" if record["means"]["Dice"]["mean"] else name)
     return 0
 
@@ -407,7 +417,8 @@ def ending_children(place: Workplace) -> Iterator[None]:
 def _train_all(
     place: Workplace, wanted: Wanted, facts: SourceFacts, grid: Grid, args: argparse.Namespace
 ) -> dict[str, BaseException]:
-    """Every run that has no record, `--jobs` at a time; those that failed, with what went wrong."""
+    """Every run that has no record, `--jobs` at a time, each on the GPU that has been free for longest; those that
+    failed, with what went wrong."""
     from tqdm import tqdm
 
     training = _training(place, wanted, facts)
@@ -430,15 +441,15 @@ def _train_all(
             text = "" if loss is None else f", loss {loss:.3f}"
             bar.write(f"  {run}: epoch {epoch} of {epochs[run]}{text}")
 
-    gpus: list[str | None] = list(args.gpus or [None])
-    with ending_children(place), ThreadPoolExecutor(args.jobs) as pool:
-        slots = [gpus[number % len(gpus)] for number in range(args.jobs)]
+    gpus, jobs = gpus_of(args), jobs_of(args)
+    with ending_children(place), ThreadPoolExecutor(jobs) as pool:
+        slots = [gpus[number % len(gpus)] for number in range(max(jobs, len(gpus)))]
         active: dict[Future[Any], tuple[Run, str | None]] = {}
         try:
             while waiting or active:
                 busy = {run.id for run, _ in active.values()} | {run.id for run in waiting}
                 for run in [run for run in waiting if not busy & set(run.after)]:
-                    if not slots:
+                    if len(active) == jobs:
                         break
                     waiting.remove(run)
                     if broken := [name for name in run.after if name in failed]:
@@ -487,7 +498,7 @@ def _say_plan(place: Workplace, wanted: Wanted, facts: SourceFacts, grid: Grid, 
     from nnunet_dsp.benchmark.accuracy.estimate import estimate
 
     training = _training(place, wanted, facts, grid)
-    print(estimate(training, grid, jobs=args.jobs, time_now=args.time))
+    print(estimate(training, grid, jobs=jobs_of(args), time_now=args.time, gpu=gpus_of(args)[0]))
     return 0
 
 

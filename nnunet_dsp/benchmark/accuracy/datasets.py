@@ -50,7 +50,7 @@ class Datasets:
         facts: source.json.
         fixed: the configuration.
         numbers: dataset number by name of the data.
-        predict: predicts images for pseudo-labels: (run id, folder of images, folder for the result).
+        predict: predicts images for pseudo-labels: (run id, folder of images, folder for the result, GPU).
         data_of: what a run trains on, by its id.
     """
 
@@ -60,7 +60,7 @@ class Datasets:
         facts: SourceFacts,
         fixed: Mapping[str, Any],
         numbers: Mapping[str, int],
-        predict: Callable[[str, Path, Path], None] | None = None,
+        predict: Callable[[str, Path, Path, str | None], None] | None = None,
         data_of: Callable[[str], Data] | None = None,
     ) -> None:
         self.place, self.facts, self.fixed, self.numbers = place, facts, fixed, numbers
@@ -79,17 +79,18 @@ class Datasets:
         content = self.ready(data)
         return None if content is None else Counts(**content["counts"])
 
-    def make(self, data: Data, needs: str | None = None) -> str:
+    def make(self, data: Data, needs: str | None = None, gpu: str | None = None) -> str:
         """The name of the dataset, which is made and preprocessed if it is not yet.
 
         Args:
             needs: the run that predicts its pseudo-labels.
+            gpu: on which it does; CUDA_VISIBLE_DEVICES.
         """
         name = self.folder_name(data)
         if self.ready(data) is None:
             with self.place.lock(name, f"Waiting for another process that makes {name}."):
                 if self.ready(data) is None:
-                    self._make(data, name, needs)
+                    self._make(data, name, needs, gpu)
         return name
 
     # --- all masks, and planning
@@ -150,16 +151,16 @@ class Datasets:
 
     # --- parts of them
 
-    def _make(self, data: Data, name: str, needs: str | None) -> None:
+    def _make(self, data: Data, name: str, needs: str | None, gpu: str | None) -> None:
         say(f"Making {name}.")
         target = self.place.raw / name
         if not (target / "dataset.json").is_file():
             shutil.rmtree(target, ignore_errors=True)
             if data.source == "second":
-                self._relabelled(name, needs)
+                self._relabelled(name, needs, gpu)
             else:
                 with raw_dataset.building(target) as folder:
-                    counts = self._raw(data, folder, name, needs)
+                    counts = self._raw(data, folder, name, needs, gpu)
                     write_json(folder / COUNTS, asdict(counts))
         if data.source == "second":
             counts = self._first_data(needs)[1]
@@ -172,7 +173,7 @@ class Datasets:
         dataset = raw_dataset.read_dataset(target)
         self._write_ready(name, counts, list(dataset.cases))
 
-    def _raw(self, data: Data, folder: Path, name: str, needs: str | None) -> Counts:
+    def _raw(self, data: Data, folder: Path, name: str, needs: str | None, gpu: str | None) -> Counts:
         if data.source == "pretrain":
             link_pretraining(PretrainingFacts.read(self.place.pretraining_file), folder, name)
             return Counts()
@@ -216,7 +217,8 @@ class Datasets:
         for case in kinds_of:
             raw_dataset.link_case_images(full.cases[case], folder / "imagesTr", ending)
         if data.source == "pseudo":
-            self._pseudo_labels([c for c, kinds in kinds_of.items() if "mask" not in kinds], full, folder, needs)
+            without = [case for case, kinds in kinds_of.items() if "mask" not in kinds]
+            self._pseudo_labels(without, full, folder, needs, gpu)
         content = dict(full.json)
         if data.source in ("weak", "ignore"):
             content["labels"] = {**full.json["labels"], "ignore": ignore}
@@ -259,19 +261,21 @@ class Datasets:
         data = self.data_of(needs)
         return self.folder_name(data), self.counts(data) or Counts()
 
-    def _relabelled(self, name: str, needs: str | None) -> None:
+    def _relabelled(self, name: str, needs: str | None, gpu: str | None) -> None:
         """The first network labels its training images; what was annotated in them stays."""
         first = self._first_data(needs)[0]
         predicted = self.place.run_folder(needs or "") / "predicted_training"
         if self.predict is not None and needs is not None:
             shutil.rmtree(predicted, ignore_errors=True)
-            self.predict(needs, self.place.raw / first / "imagesTr", predicted)
+            self.predict(needs, self.place.raw / first / "imagesTr", predicted, gpu)
         command = ["nnunet_dsp", "pseudo-dataset", "-d", first, "-i", predicted, "-o", name]
         command += ["--num-processes", self.place.processes]
         self.place.command(*command, log=self.place.folder / "log.txt")
         shutil.rmtree(predicted, ignore_errors=True)
 
-    def _pseudo_labels(self, cases: Sequence[str], full: RawDataset, folder: Path, needs: str | None) -> None:
+    def _pseudo_labels(
+        self, cases: Sequence[str], full: RawDataset, folder: Path, needs: str | None, gpu: str | None
+    ) -> None:
         """Predictions of the first round become the labels."""
         if self.predict is None or needs is None:
             raise ValueError(f"{folder}: there is no training that could predict its pseudo-labels.")
@@ -279,7 +283,7 @@ class Datasets:
         images.mkdir()
         for case in cases:
             raw_dataset.link_case_images(full.cases[case], images, full.file_ending)
-        self.predict(needs, images, predicted)
+        self.predict(needs, images, predicted, gpu)
         for case in cases:
             file = predicted / f"{case}{full.file_ending}"
             for path, new_name in raw_dataset.label_files(file, file.name):

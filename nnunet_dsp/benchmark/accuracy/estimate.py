@@ -23,20 +23,21 @@ from nnunet_dsp.dataset_conversion import raw_dataset
 TIMED_ITERATIONS = 10
 
 
-def estimate(training: Training, grid: Grid, *, jobs: int = 1, time_now: bool = False) -> str:
+def estimate(training: Training, grid: Grid, *, jobs: int = 1, time_now: bool = False, gpu: str | None = None) -> str:
     """The runs to do and the time they take.
 
     Args:
         jobs: how many run side by side. They are taken to be as fast as alone, which holds where each has its own
             GPU or cores.
         time_now: time a few iterations of each trainer that no finished run tells about.
+        gpu: on which; CUDA_VISIBLE_DEVICES.
     """
     waiting = [run for run in grid.runs.values() if training.place.record(run.id) is None]
     known = _known_seconds(training)
     if time_now:
         for run in waiting:
             if run.trainer not in known and run.needs is None:
-                known[run.trainer] = _time(training, run)
+                known[run.trainer] = _time(training, run, gpu)
     lines = [f"{len(grid.runs)} runs, {len(grid.runs) - len(waiting)} of them finished. To do:"]
     seconds: list[float | None] = []
     for run in waiting:
@@ -78,12 +79,12 @@ def _known_seconds(training: Training) -> dict[str, float]:
     return {**timed, **{trainer: mean(values) for trainer, values in found.items()}}
 
 
-def _time(training: Training, run: Run) -> float:
+def _time(training: Training, run: Run, gpu: str | None) -> float:
     """Seconds that a run like this one takes: two short epochs of it, its prediction, and the rest by proportion."""
     place, fixed = training.place, training.fixed
     iterations = min(TIMED_ITERATIONS, fixed["iterations_per_epoch"])
     say(f"Timing {iterations} iterations of {run.trainer}.")
-    dataset = training.datasets.make(run.data, run.needs)
+    dataset = training.datasets.make(run.data, run.needs, gpu)
     options = resolved_options(run)
     plans = f"Timing-{run.trainer}"
     content = {**training.datasets.base_plans(dataset), "plans_name": plans}
@@ -97,11 +98,11 @@ def _time(training: Training, run: Run) -> float:
     shutil.rmtree(model, ignore_errors=True)
     watch = EpochWatch(run.id, None)
     words = ["nnUNetv2_train", dataset, fixed["configuration"], "all", "-tr", trainer, "-p", plans]
-    total = place.command(*words, "-device", place.device, log=log, on_line=watch)
+    total = place.command(*words, "-device", place.device, log=log, gpu=gpu, on_line=watch)
     started = time.monotonic()
     images = place.raw / training.datasets.folder_name(Data("full")) / "imagesTs"
     predicted = place.folder / "timing" / "predicted"
-    place.command(*training.predict_command(dataset, trainer, plans, images, predicted), log=log)
+    place.command(*training.predict_command(dataset, trainer, plans, images, predicted), log=log, gpu=gpu)
     prediction = time.monotonic() - started
     shutil.rmtree(predicted, ignore_errors=True)
     shutil.rmtree(model, ignore_errors=True)

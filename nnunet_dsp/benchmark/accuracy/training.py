@@ -129,7 +129,7 @@ class Training:
     def _execute(self, run: Run, gpu: str | None, progress: Progress | None) -> dict[str, Any]:
         folder = self.place.run_folder(run.id)
         folder.mkdir(parents=True, exist_ok=True)
-        dataset = self.datasets.make(run.data, run.needs)
+        dataset = self.datasets.make(run.data, run.needs, gpu)
         plans = self._write_plans(run, dataset)
         trained = self._train(run, dataset, plans, gpu, progress)
         seconds = {**trained["seconds"], "predict": 0.0, "evaluate": 0.0}
@@ -294,10 +294,10 @@ class Training:
         words = self.predict_command(dataset, self.trainer_class(run.trainer), plans, images, output)
         return self.place.command(*words, log=self.place.run_folder(run.id) / "log.txt", gpu=gpu)
 
-    def _predict_with(self, run_id: str, images: Path, output: Path) -> None:
+    def _predict_with(self, run_id: str, images: Path, output: Path, gpu: str | None) -> None:
         run = self.runs[run_id]
-        dataset = self.datasets.make(run.data, run.needs)
-        self._predict(run, dataset, plans_name(run, resolved_options(run)), images, output)
+        dataset = self.datasets.make(run.data, run.needs, gpu)
+        self._predict(run, dataset, plans_name(run, resolved_options(run)), images, output, gpu)
 
     def _evaluate(self, run: Run, dataset: str, plans: str, predictions: Path) -> dict[str, Any]:
         """nnU-Net's Dice and IoU and our surface measures, by case and class name."""

@@ -77,7 +77,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
         facts = _facts(place, wanted)[0]
         refuse_changed_defaults(place, grid)
         print(_data(facts, wanted))
-        print(estimate(_training(place, wanted, facts, grid, _plan(place, grid, rows)), grid, jobs=args.jobs))
+        print(estimate(_training(place, wanted, facts, grid, _plan(place, grid, rows)), grid, jobs=args.jobs or 1))
         return 0
     place.make()
     with place.lock("setup", f"Waiting for another process that sets {args.output} up."):
@@ -85,9 +85,9 @@ def run_benchmark(args: argparse.Namespace) -> int:
     if args.plan:
         print(_data(training.datasets.facts, wanted))
         with ending_children(place):
-            print(estimate(training, grid, jobs=args.jobs, time_now=True))
+            print(estimate(training, grid, jobs=args.jobs or 1, time_now=True))
         return 0
-    failed = _train_all(training, grid, args.jobs)
+    failed = _train_all(training, grid, args.jobs or 1)
     _report(place, wanted)
     for run, error in failed.items():
         print(f"\n{run} failed; start again to try it anew:\n{error}", file=sys.stderr)

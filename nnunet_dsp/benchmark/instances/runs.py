@@ -139,7 +139,7 @@ def _count(job: tuple[str, Any, Path, int | None]) -> tuple[str, int]:
 class InstanceDatasets(Datasets):
     """The full dataset and, for each share and seed, one in which other instances are `ignore`."""
 
-    def _raw(self, data: Data, folder: Path, name: str, needs: str | None) -> Counts:
+    def _raw(self, data: Data, folder: Path, name: str, needs: str | None, gpu: str | None) -> Counts:
         if not isinstance(data, InstanceData):
             raise TypeError(f"Expected InstanceData, but got {data}.")
         full = raw_dataset.read_dataset(self.place.raw / self.folder_name(InstanceData("full")))
