@@ -710,6 +710,25 @@ def test_there_is_a_training_on_each_gpu_at_a_time_unless_said_otherwise(benchma
     assert benchmark("--arms", "masks", "full", "--gpus", "2", "3")[0] == 0, "neither waits for the other one's end"
 
 
+def test_of_two_first_calls_the_later_is_held_to_what_the_earlier_began(benchmark, monkeypatch):
+    lock, calls = workplace.Workplace.lock, []
+
+    def after_another_call(place, name, waiting=""):
+        if name == "setup" and not calls:
+            calls.append(name)
+            assert benchmark("--arms", "masks", "full", "--masks", "1")[0] == 0
+        return lock(place, name, waiting)
+
+    monkeypatch.setattr(workplace.Workplace, "lock", after_another_call)
+    status, _, err = benchmark("--arms", "dsp", "--epochs", "7")
+    assert status == 1 and "--epochs: 3 there, 7 now" in err
+    calls.clear()
+    shutil.rmtree(benchmark.folder)
+    assert benchmark("--arms", "dsp")[0] == 0
+    report = (benchmark.folder / "report.md").read_text()
+    assert "--arms masks full --masks 1 " in report and "--arms dsp --masks 2 " in report
+
+
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):
     status, _, _ = benchmark("--arm", "mine=nnUNetTrainerMine@masks:rate=0.5", "--arms", "mine")
     assert status == 0

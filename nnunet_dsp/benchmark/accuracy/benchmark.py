@@ -91,6 +91,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
         stdout_to_stderr() if args.commands else nullcontext(),  # there are only commands on stdout then
         place.lock("setup", f"Waiting for another process that sets {folder} up."),
     ):
+        wanted = merge(args, stored_config(folder))  # again: it may have been set up while this one waited
         facts, grid = _set_up(place, wanted)
     if args.plan:
         return _say_plan(place, wanted, facts, grid, args)

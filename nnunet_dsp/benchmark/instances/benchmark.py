@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dsp.benchmark.accuracy.arms import Grid
-from nnunet_dsp.benchmark.accuracy.benchmark import ending_children, same_dataset
+from nnunet_dsp.benchmark.accuracy.benchmark import ending_children, same_dataset, stored_config
 from nnunet_dsp.benchmark.accuracy.command_lines import command_line, flag_of, shown_value, with_call, with_definitions
 from nnunet_dsp.benchmark.accuracy.datasets import FULL
 from nnunet_dsp.benchmark.accuracy.estimate import estimate
@@ -47,8 +47,7 @@ class Wanted:
 
 def run_benchmark(args: argparse.Namespace) -> int:
     """`nnunet_dsp benchmark instances`."""
-    file = args.output / "benchmark.json"
-    stored = raw_dataset.read_json(file) if file.is_file() else None
+    stored = stored_config(args.output)
     if stored is None and args.report_only:
         raise FileNotFoundError(f"{args.output} holds no benchmark (no benchmark.json). Is -o right?")
     wanted = merge(args, stored)
@@ -81,6 +80,8 @@ def run_benchmark(args: argparse.Namespace) -> int:
         return 0
     place.make()
     with place.lock("setup", f"Waiting for another process that sets {args.output} up."):
+        wanted = merge(args, stored_config(args.output))  # again: it may have been set up while this one waited
+        grid, rows = make_grid(wanted.selection, wanted.fixed["optimizer"])
         training = _set_up(place, wanted, grid, rows)
     if args.plan:
         print(_data(training.datasets.facts, wanted))
