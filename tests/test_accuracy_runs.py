@@ -729,6 +729,28 @@ def test_of_two_first_calls_the_later_is_held_to_what_the_earlier_began(benchmar
     assert "--arms masks full --masks 1 " in report and "--arms dsp --masks 2 " in report
 
 
+def test_ctrl_c_ends_a_call_that_waits_for_a_run_of_another_process(benchmark, monkeypatch):
+    from filelock import FileLock
+
+    from nnunet_dsp.benchmark.accuracy import benchmark as command
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    assert benchmark("--arms", "masks", "--commands")[0] == 0
+    monkeypatch.setattr(command, "wait", interrupted)
+    other = FileLock(benchmark.folder / "locks" / f"{MASKS}.lock", thread_local=False)
+    other.acquire()
+    end = threading.Timer(30, other.release)
+    end.start()
+    status, _, err = benchmark(begin=False)
+    assert status == 130 and f"Waiting for another process that works on {MASKS}" in err
+    assert other.is_locked, "the other process still has it"
+    assert not benchmark.played.of("train")
+    end.cancel()
+    other.release()
+
+
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):
     status, _, _ = benchmark("--arm", "mine=nnUNetTrainerMine@masks:rate=0.5", "--arms", "mine")
     assert status == 0

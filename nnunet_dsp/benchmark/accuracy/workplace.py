@@ -30,10 +30,13 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_dsp.dataset_conversion.raw_dataset import read_json, replacing
 from nnunet_dsp.environment import ENTRY_FOLDER, VARIABLE, with_our_folder
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 FORMAT = 1
 TAIL = 40  # lines of a failed command's output that are shown
@@ -106,6 +109,9 @@ class Workplace:
 
         Args:
             waiting: what to say once where another process has it.
+
+        Raises:
+            InterruptedError: stop() was called while it waited.
         """
         from filelock import FileLock, Timeout
 
@@ -115,11 +121,23 @@ class Workplace:
         except Timeout:
             if waiting:
                 say(waiting)
-            lock.acquire(poll_interval=1.0)
+            self._wait_for(lock)
         try:
             yield
         finally:
             lock.release()
+
+    def _wait_for(self, lock: BaseFileLock) -> None:
+        """In short steps: only so does a thread notice Ctrl-C, which the main thread gets."""
+        from filelock import Timeout
+
+        while True:
+            try:
+                lock.acquire(timeout=1.0, poll_interval=0.5)
+                return
+            except Timeout:
+                if self._stopped:
+                    raise InterruptedError("stopped") from None
 
     # --- commands
 
