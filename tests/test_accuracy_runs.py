@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import shutil
 import threading
@@ -26,6 +27,7 @@ FULL = "full__nnUNetTrainer__s0"
 DSP = "m2_w4_s0_weak_tags-points-boxes__nnUNetTrainerDSP"
 SELF = "m2_w4_s0_pseudo__nnUNetTrainer"
 IGNORE = "m2_w4_s0_ignore_points-boxes__nnUNetTrainer"
+NUMBERS = itertools.count()
 WRONG_ROWS = {"full": 0, "weak": 1, "second": 2, "pseudo": 3, "ignore": 4, "masks": 6}
 """How many rows of a prediction are background, whatever they show: what an arm is worth here."""
 
@@ -156,7 +158,7 @@ class Played:
     @staticmethod
     def _checkpoint(file):
         with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("weights", b"0")
+            archive.writestr("weights", str(next(NUMBERS)))
 
     def predict(self, place, words, on_line):
         dataset, output = self.value(words, "-d"), Path(self.value(words, "-o"))
@@ -749,6 +751,60 @@ def test_ctrl_c_ends_a_call_that_waits_for_a_run_of_another_process(benchmark, m
     assert not benchmark.played.of("train")
     end.cancel()
     other.release()
+
+
+def train_anew(benchmark, run):
+    """Removes a run and its model, as docs/accuracy.md says."""
+    record = benchmark.record(run)
+    shutil.rmtree(benchmark.folder / "runs" / run)
+    for model in (benchmark.folder / "nnUNet_results" / record["dataset"]).glob(f"*__{record['plans']}__2d"):
+        shutil.rmtree(model)
+
+
+@pytest.mark.parametrize(
+    ("arms", "first", "second"),
+    [
+        (("masks", "selftrain"), MASKS, SELF),
+        (("dsp", "dsp:second"), DSP, "m2_w4_s0_second_tags-points-boxes_nnUNetTrainerDSP__nnUNetTrainer"),
+    ],
+)
+def test_what_learned_from_a_training_that_is_done_anew_is_refused_and_then_learns_from_the_new_one(
+    benchmark, arms, first, second
+):
+    assert benchmark("--arms", *arms)[0] == 0
+    before = benchmark.record(second)
+    train_anew(benchmark, first)
+    benchmark.played.calls.clear()
+    status, _, err = benchmark(begin=False)
+    assert status == 1 and f"{second} builds on an earlier training of {first}." in err
+    assert f"Remove their folders from {benchmark.folder / 'runs'}" in err and not benchmark.trained()
+    assert benchmark("--run", first, begin=False)[0] == 0
+    status, _, err = benchmark("--run", second, begin=False)
+    assert status == 1 and f"{second} builds on an earlier training of {first}." in err
+    benchmark("--report-only", begin=False)
+    assert f"**{second} builds on an earlier" in (benchmark.folder / "report.md").read_text()
+    shutil.rmtree(benchmark.folder / "runs" / second)
+    benchmark.played.calls.clear()
+    status, _, err = benchmark(begin=False)
+    assert status == 0 and "holds predictions of an earlier training" in err
+    (training,) = benchmark.played.of("train")
+    assert "--c" not in training, "its model is not continued from"
+    assert len(benchmark.played.of("predict")) == 2, "its training images, and the test cases"
+    assert benchmark.record(second)["built_on"][first] != before["built_on"][first]
+    assert "earlier training" not in (benchmark.folder / "report.md").read_text()
+
+
+def test_second_rounds_of_earlier_versions_are_taken_as_they_are(benchmark):
+    assert benchmark("--arms", "masks", "selftrain")[0] == 0
+    ready = benchmark.folder / "nnUNet_preprocessed" / benchmark.raw("m2_w4_s0_pseudo").name / "benchmark_ready.json"
+    for file, key in ((benchmark.folder / "runs" / SELF / "record.json", "built_on"), (ready, "first_model")):
+        content = json.loads(file.read_text())
+        del content[key]
+        file.write_text(json.dumps(content))
+    train_anew(benchmark, MASKS)
+    benchmark.played.calls.clear()
+    assert benchmark(begin=False)[0] == 0
+    assert benchmark.trained() == ["m2_s0_masks"]
 
 
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):

@@ -40,7 +40,7 @@ from nnunet_dsp.benchmark.accuracy.refusals import (
     refuse_unplanned,
 )
 from nnunet_dsp.benchmark.accuracy.source import SourceFacts, evaluation_files, survey, verify_source
-from nnunet_dsp.benchmark.accuracy.training import Training, epochs_of, resolved_options
+from nnunet_dsp.benchmark.accuracy.training import Training, epochs_of, refuse_outdated, resolved_options
 from nnunet_dsp.benchmark.accuracy.workplace import FORMAT, Workplace, say, stdout_to_stderr, write_json
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.parallel import default_num_processes
@@ -235,12 +235,13 @@ def _grid(place: Workplace, wanted: Wanted, facts: SourceFacts) -> Grid:
     """What is selected, on this dataset.
 
     Raises:
-        ValueError: nothing of it can be trained, or defaults have changed since a run finished.
+        ValueError: nothing of it can be trained, or defaults have changed since a run finished, or what it builds on.
     """
     grid = selected(wanted.selection, Facts(len(facts.training), facts.boxes_exclude(wanted.fixed)))
     if not grid.rows:
         raise ValueError("\n".join(["Nothing is left to train.", *left_out_texts(grid.left_out)]))
     refuse_changed_defaults(place, grid)
+    refuse_outdated(place, grid.runs)
     return grid
 
 

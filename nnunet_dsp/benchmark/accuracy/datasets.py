@@ -80,18 +80,34 @@ class Datasets:
         return None if content is None else Counts(**content["counts"])
 
     def make(self, data: Data, needs: str | None = None, gpu: str | None = None) -> str:
-        """The name of the dataset, which is made and preprocessed if it is not yet.
+        """The name of the dataset, which is made and preprocessed if it is not yet, and anew if the run that predicts
+        its pseudo-labels was trained anew.
 
         Args:
             needs: the run that predicts its pseudo-labels.
             gpu: on which it does; CUDA_VISIBLE_DEVICES.
         """
         name = self.folder_name(data)
-        if self.ready(data) is None:
+        if not self._is_current(data, needs):
             with self.place.lock(name, f"Waiting for another process that makes {name}."):
-                if self.ready(data) is None:
+                if not self._is_current(data, needs):
+                    if self.ready(data) is not None:
+                        self._forget(name, needs)
                     self._make(data, name, needs, gpu)
         return name
+
+    def _is_current(self, data: Data, needs: str | None) -> bool:
+        """Whether the dataset is there, and of predictions by the model that there is now, as far as it says."""
+        ready = self.ready(data)
+        if ready is None or needs is None or ready.get("first_model") is None:
+            return ready is not None
+        return bool(ready["first_model"] == self.place.model_checksum(needs))
+
+    def _forget(self, name: str, needs: str | None) -> None:
+        """Remove a dataset and the models trained on it; what says that it is ready goes last."""
+        say(f"{name} holds predictions of an earlier training of {needs}. It is made anew, and its models are removed.")
+        for folder in (self.place.results, self.place.raw, self.place.preprocessed):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
     # --- all masks, and planning
 
@@ -154,7 +170,7 @@ class Datasets:
     def _make(self, data: Data, name: str, needs: str | None, gpu: str | None) -> None:
         say(f"Making {name}.")
         target = self.place.raw / name
-        if not (target / "dataset.json").is_file():
+        if needs is not None or not (target / "dataset.json").is_file():  # who predicted what is there is not known
             shutil.rmtree(target, ignore_errors=True)
             if data.source == "second":
                 self._relabelled(name, needs, gpu)
@@ -171,7 +187,7 @@ class Datasets:
         else:
             self._preprocess(name)
         dataset = raw_dataset.read_dataset(target)
-        self._write_ready(name, counts, list(dataset.cases))
+        self._write_ready(name, counts, list(dataset.cases), needs)
 
     def _raw(self, data: Data, folder: Path, name: str, needs: str | None, gpu: str | None) -> Counts:
         if data.source == "pretrain":
@@ -356,8 +372,10 @@ class Datasets:
         labels = {case.name: checksum(case.label) for case in dataset.cases.values()}
         return {"classes": dataset.json["labels"], "labels": labels}
 
-    def _write_ready(self, name: str, counts: Counts, cases: list[str]) -> None:
+    def _write_ready(self, name: str, counts: Counts, cases: list[str], needs: str | None = None) -> None:
         content = {**self._identity(name), "counts": asdict(counts), "cases": cases}
+        if needs is not None:
+            content["first_model"] = self.place.model_checksum(needs)
         write_json(self.place.preprocessed / name / READY, content)
 
     def base_plans(self, name: str) -> dict[str, Any]:

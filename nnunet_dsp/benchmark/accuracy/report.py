@@ -37,6 +37,7 @@ from nnunet_dsp.benchmark.accuracy.measures import (
     spread,
 )
 from nnunet_dsp.benchmark.accuracy.source import SourceFacts
+from nnunet_dsp.benchmark.accuracy.training import outdated
 from nnunet_dsp.benchmark.accuracy.workplace import Workplace, write_text
 from nnunet_dsp.benchmark.tables import markdown_table, plain_table, write_csv
 from nnunet_dsp.dataset_conversion import raw_dataset
@@ -158,7 +159,8 @@ def write_report(
     _write_csvs(folder, rows, records, tables, prices)
     curves = write_curves(folder, tables, prices, len(facts.training))
     pictures = write_pictures(place, facts, tables)
-    text = markdown(facts, fixed, rows, records, tables, prices, curves, pictures, commands, pretraining, left_out)
+    notes = [*left_out_texts(left_out), *(f"**{text}**" for text in outdated(place, records))]
+    text = markdown(facts, fixed, rows, records, tables, prices, curves, pictures, commands, pretraining, notes)
     write_text(folder / "report.md", text)
     short = "\n\n".join(
         f"{where}\n{plain_table(main_table(lines, prices))}" for where, lines in tables.items() if _any(lines)
@@ -245,7 +247,7 @@ def markdown(
     pictures: Mapping[Place, str],
     commands: Sequence[str],
     pretraining: Records,
-    left_out: Mapping[str, str],
+    notes: Sequence[str],
 ) -> str:
     """The report."""
     schedule = f"{fixed['epochs']} epochs of {fixed['iterations_per_epoch']} iterations"
@@ -267,7 +269,7 @@ def markdown(
     ]  # fmt: skip
     if facts.not_boxed and fixed["box_classes"] is None:
         parts.append(f"Not boxed, since their boxes would cover most of the image: {', '.join(facts.not_boxed)}.")
-    parts += left_out_texts(left_out)
+    parts += notes
     if pretraining:
         parts.append(_about_pretraining(fixed, pretraining))
     parts += [f"![{Path(name).stem}]({name})" for name in curves]

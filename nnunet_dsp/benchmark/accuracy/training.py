@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from nnunet_dsp.benchmark.accuracy.cost import Counts
 from nnunet_dsp.benchmark.accuracy.datasets import Datasets
 from nnunet_dsp.benchmark.accuracy.measures import METRICS, SurfaceJob, class_means, mean, measure_case
 from nnunet_dsp.benchmark.accuracy.workplace import (
+    FINAL_CHECKPOINT,
     FORMAT,
     Workplace,
     checksum,
@@ -41,7 +42,7 @@ from nnunet_dsp.settings import PLANS_KEY, DSPSettings
 SCHEDULE_KEY = "nnunet_dsp_benchmark"
 OPTION_KEYS = {"nnUNetTrainerPrompt": "nnunet_dsp_prompt", "nnUNetTrainerCRAC": "nnunet_dsp_crac"}
 PREDICTION_WORKERS = 3  # nnU-Net's own number: each holds an image and its probabilities
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+CHECKPOINTS = (FINAL_CHECKPOINT, "checkpoint_latest.pth", "checkpoint_best.pth")
 Progress = Callable[[str, int, float | None], None]
 """Called as progress(run id, epochs done, loss or None)."""
 
@@ -98,6 +99,33 @@ def plans_name(run: Run, options: Mapping[str, Any]) -> str:
     return name if run.pretrained is None else f"{name}-pretrained"
 
 
+def outdated(place: Workplace, runs: Iterable[str]) -> list[str]:
+    """A sentence for each of these runs that has finished and builds on a training that is gone, or was done anew.
+
+    Records of earlier versions do not say what they build on; they are taken as they are.
+    """
+    found = []
+    for run in runs:
+        record = place.record(run) or {}
+        for first, checkpoint in record.get("built_on", {}).items():
+            if checkpoint is not None and place.model_checksum(first) != checkpoint:
+                found.append(f"{run} builds on an earlier training of {first}.")
+    return found
+
+
+def refuse_outdated(place: Workplace, runs: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: one of these runs is outdated().
+    """
+    if found := outdated(place, runs):
+        raise ValueError(
+            "Finished runs build on trainings that were removed, or done anew, since:\n"
+            + "\n".join(f"  {text}" for text in found[:20])
+            + f"\nRemove their folders from {place.runs}, and their models from {place.results}, to train them anew."
+        )
+
+
 class Training:
     """Executes runs of one benchmark.
 
@@ -119,6 +147,7 @@ class Training:
             self.execute(self.runs[name], gpu, progress)
         record = self.place.record(run.id)
         if record is not None:
+            refuse_outdated(self.place, [run.id])
             return record
         with self.place.lock(run.id, f"Waiting for another process that works on {run.id}."):
             record = self.place.record(run.id)
@@ -156,6 +185,7 @@ class Training:
             "schedule": schedule(self.fixed, run.seed, epochs_of(self.fixed, run)),
             "needs": run.needs,
             "pretrained": run.pretrained,
+            "built_on": {name: self.place.model_checksum(name) for name in run.after},
             "cases": deal(run.data, facts.shown, facts.groups),
             "configuration": dict(self.fixed),
             "counts": asdict(self.datasets.counts(run.data) or Counts()),

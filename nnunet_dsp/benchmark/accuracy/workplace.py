@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 FORMAT = 1
+FINAL_CHECKPOINT = "checkpoint_final.pth"
 TAIL = 40  # lines of a failed command's output that are shown
 NOT_TRAINING = ("cli.py", "check.py", "environment.py", "pictures.py")  # modules that no result depends on
 PLANS_BASE = "nnUNetPlansBenchmark"  # what nnU-Net planned, for all training cases with all their masks
@@ -100,6 +101,11 @@ class Workplace:
         """A finished run's record, None if it is not finished."""
         file = self.record_file(run)
         return read_json(file) if file.is_file() else None
+
+    def model_checksum(self, run: str) -> str | None:
+        """SHA-256 of a finished run's last checkpoint, None if it is not finished."""
+        record = self.record(run)
+        return None if record is None else record["checksums"].get(FINAL_CHECKPOINT)
 
     @contextlib.contextmanager
     def lock(self, name: str, waiting: str = "") -> Iterator[None]:
