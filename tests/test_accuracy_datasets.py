@@ -171,6 +171,24 @@ def test_with_its_own_test_cases_only_validation_cases_are_held_out(tmp_path):
     assert len(split.training) == 9
 
 
+def test_the_default_validation_fold_is_the_first_that_the_test_cases_leave(tmp_path):
+    folds = [["p0_0", "p0_1"], ["p1_0", "p1_1"], ["p2_0", "p2_1", "p3_0", "p3_1", "p4_0", "p4_1"]]
+    everyone = {case for fold in folds for case in fold}
+    source = source_of(tmp_path, splits=[{"train": sorted(everyone - {*fold}), "val": fold} for fold in folds])
+    split = choose_cases(source, {**FIXED, "evaluate_on": "val"})
+    assert (split.evaluation, split.training) == (tuple(folds[1]), tuple(folds[2]))
+    split = choose_cases(source, {**FIXED, "evaluate_on": "val", "test_fold": 1})
+    assert (split.evaluation, split.training) == (tuple(folds[0]), tuple(folds[2]))
+    with pytest.raises(ValueError, match="0 to evaluate on"):
+        choose_cases(source, {**FIXED, "evaluate_on": "val", "val_fold": 0})
+
+
+def test_with_test_cases_of_its_own_the_default_validation_fold_is_the_first(tmp_path):
+    folds = [["p0_0"], ["p1_0"]]
+    source = source_of(tmp_path, own_test=True, splits=[{"train": ["p2_0"], "val": fold} for fold in folds])
+    assert choose_cases(source, {**FIXED, "evaluate_on": "val"})[:2] == (("p2_0",), ("p0_0",))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -45,13 +45,19 @@ def add_place_arguments(parser: argparse.ArgumentParser, dataset: str) -> None:
 def add_held_out_arguments(data: Group, *, grouped: str = "are held out together") -> None:
     """The keys of HELD_OUT. `grouped` says what happens to cases of one group."""
     data.add_argument("--evaluate-on", choices=("test", "val"), help="val: to choose parameters by (default: test)")
-    for part, help_text in (("test", "where there is no imagesTs with labelsTs"), ("val", "with --evaluate-on val")):
+    for part, help_text, first in (
+        ("test", "where there is no imagesTs with labelsTs", "0"),
+        ("val", "with --evaluate-on val", "the first that is not held out for test"),
+    ):
         name = {"test": "test", "val": "validation"}[part]
         data.add_argument(
             f"--{part}-cases", metavar="CASE", nargs="+", help=f"training cases held out as {name} cases, {help_text}"
         )
         data.add_argument(
-            f"--{part}-fold", metavar="K", type=int, help="or the validation cases of a fold of splits_final.json (0)"
+            f"--{part}-fold",
+            metavar="K",
+            type=int,
+            help=f"or the validation cases of a fold of splits_final.json ({first})",
         )
         data.add_argument(f"--{part}-share", metavar="P", type=float, help="or a random share (default: 0.2)")
     data.add_argument("--split-seed", metavar="S", type=int, help="of that random share (default: 0)")

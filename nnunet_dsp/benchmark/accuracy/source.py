@@ -81,7 +81,8 @@ def _hold_out(
         if not file.is_file():
             raise ValueError(f"--{part}-fold: there is no {file}.")
         splits = read_splits(file, source.cases)
-        fold = 0 if fold is None else fold
+        if fold is None:  # of the validation folds the first that the test cases leave
+            fold = next((number for number, split in enumerate(splits) if set(split["val"]) & set(cases)), 0)
         if not 0 <= fold < len(splits):
             raise ValueError(f"--{part}-fold: expected 0 to {len(splits) - 1}, the folds of {file}, but got {fold}.")
         out, kept = set(splits[fold]["val"]) & set(cases), set(splits[fold]["train"])
