@@ -807,6 +807,13 @@ def test_second_rounds_of_earlier_versions_are_taken_as_they_are(benchmark):
     assert benchmark.trained() == ["m2_s0_masks"]
 
 
+def test_that_no_weak_cases_are_left_is_said(benchmark):
+    _, _, err = benchmark("--arms", "masks", "dsp", "--masks", "6", "--commands")
+    assert "--masks 6: every training case keeps its mask, so no weak annotations are left." in err
+    _, _, err = benchmark("--masks", "5", "--commands", begin=False)
+    assert "no weak annotations" not in err
+
+
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):
     status, _, _ = benchmark("--arm", "mine=nnUNetTrainerMine@masks:rate=0.5", "--arms", "mine")
     assert status == 0

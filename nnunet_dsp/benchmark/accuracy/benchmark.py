@@ -306,6 +306,11 @@ def _set_up(place: Workplace, wanted: Wanted) -> tuple[SourceFacts, Grid]:
     grid = _grid(place, wanted, facts)
     for text in left_out_texts(grid.left_out):
         say(text)
+    if any(row.masks == len(facts.training) for row in grid.rows):
+        say(
+            f"--masks {len(facts.training)}: every training case keeps its mask, so no weak annotations are left. Arms "
+            "that differ in their annotations only are the same training then; `masks` is `full`."
+        )
     if not place.source_file.is_file():
         write_json(place.source_file, asdict(facts))
     if other is not None and not place.pretraining_file.is_file():
