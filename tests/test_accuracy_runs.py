@@ -814,6 +814,24 @@ def test_that_no_weak_cases_are_left_is_said(benchmark):
     assert "no weak annotations" not in err
 
 
+def test_a_test_mask_that_does_not_fit_is_refused_before_anything_is_trained(benchmark):
+    label = benchmark.source / "labelsTs" / "toy_7.png"
+    mask = imread(label)
+    for wrong, message in ((mask[:, 1:], "the shape of its image, (1, 24, 24), but got (1, 24, 23)"), (mask * 5, "[5")):
+        imsave(label, wrong, check_contrast=False)
+        status, _, err = benchmark("--arms", "masks")
+        assert status == 1 and "toy_7.png" in err and message in err
+        assert not benchmark.played.calls
+
+
+def test_a_class_that_is_called_as_the_mean_is_refused(benchmark):
+    file = benchmark.source / "dataset.json"
+    file.write_text(file.read_text().replace("nucleus", "mean"))
+    status, _, err = benchmark("--arms", "masks")
+    assert status == 1 and "a class is called 'mean', as records and tables call the mean" in err
+    assert not benchmark.played.calls
+
+
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):
     status, _, _ = benchmark("--arm", "mine=nnUNetTrainerMine@masks:rate=0.5", "--arms", "mine")
     assert status == 0

@@ -27,6 +27,8 @@ from nnunet_dsp.dataset_conversion.weak_labels import (
     find_objects,
 )
 
+RESERVED = "mean"  # beside the classes in every record
+
 
 class Split(NamedTuple):
     """Cases trained on, and cases evaluated on. `evaluation` is None where imagesTs and labelsTs are taken."""
@@ -145,10 +147,7 @@ def _survey_case(job: _SurveyJob) -> tuple[str, dict[str, int], dict[str, float]
     """Case, objects by class shown, share of the image in boxes by class, whether every voxel is annotated, axes."""
     mask, _ = raw_dataset.read_label(job.reader_writer, job.case.label)
     flat = mask[0] if mask.shape[0] == 1 else mask
-    values = set(np.unique(flat).tolist())
-    unknown = sorted(values - set(job.labels.values()) - {job.ignore})
-    if unknown:
-        raise ValueError(f"{job.case.label}: value(s) {unknown} are no label of dataset.json, which has {job.labels}.")
+    values = _values(job.case.label, flat, job.labels, job.ignore)
     names = tuple(name for name in job.labels if name != "background")
     objects: dict[str, int] = {}
     for item in find_objects(flat, job.labels, names):
@@ -156,6 +155,30 @@ def _survey_case(job: _SurveyJob) -> tuple[str, dict[str, int], dict[str, float]
     options = WeakOptions(box_classes=names)
     coverage = box_coverage(annotate(flat, job.labels, ("boxes",), options, (0,)))
     return job.case.name, objects, coverage, job.ignore is None or job.ignore not in values, flat.ndim
+
+
+def _values(file: Path, mask: np.ndarray, labels: Mapping[str, int], ignore: int | None) -> set[int]:
+    """Values of a mask; ValueError where one is no label."""
+    values = set(np.unique(mask).tolist())
+    unknown = sorted(values - set(labels.values()) - {ignore})
+    if unknown:
+        raise ValueError(f"{file}: value(s) {unknown} are no label of dataset.json, which has {labels}.")
+    return values
+
+
+def _check_evaluation_case(job: _SurveyJob) -> None:
+    """Refuse what nnU-Net's evaluation would stumble over, once all is trained.
+
+    Raises:
+        ValueError: a mask with values that are no label, or of another shape than its image.
+    """
+    mask, _ = raw_dataset.read_label(job.reader_writer, job.case.label)
+    _values(job.case.label, mask, job.labels, job.ignore)
+    image, _ = job.reader_writer().read_images([str(job.case.images[0])])
+    if image.shape[1:] != mask.shape:
+        raise ValueError(
+            f"{job.case.label}: expected a mask of the shape of its image, {image.shape[1:]}, but got {mask.shape}."
+        )
 
 
 @dataclass(frozen=True)
@@ -242,9 +265,15 @@ def survey(
         The facts, and for each evaluation case its image files and label file.
 
     Raises:
-        ValueError: masks that are missing or not complete; test cases without a mask; a --rectangle of other axes.
+        ValueError: masks that are missing or not complete; test cases without a mask that fits; a --rectangle of
+            other axes; a class called as the mean is.
     """
     labels = source.labels
+    if RESERVED in labels:
+        raise ValueError(
+            f"{source.folder / 'dataset.json'}: a class is called {RESERVED!r}, as records and tables call the mean "
+            "over classes. Give it another name."
+        )
     split = choose_cases(source, fixed)
     missing = [case.name for case in source.cases.values() if not case.label.is_file()]
     if missing:
@@ -271,6 +300,12 @@ def survey(
             f"{source.folder}: {len(partly)} training cases have voxels labelled 'ignore', so what they show is not "
             f"known: {', '.join(partly[:10])}. The benchmark takes annotations away from full masks."
         )
+    jobs = [
+        _SurveyJob(RawCase(name, images, label), reader_writer, labels, source.ignore_label)
+        for name, (images, label) in evaluation.items()
+    ]
+    for _ in map_cases(_check_evaluation_case, jobs, processes=processes, description="Reading evaluation cases"):
+        pass
     facts = SourceFacts(
         name=source.folder.name,
         folder=str(source.folder.resolve()),
