@@ -195,8 +195,8 @@ def played(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_plots(request, monkeypatch):
-    """Drawing takes a second a picture; one test has them drawn."""
-    if not request.node.name.startswith("test_every_arm_is_trained_once"):
+    """Drawing takes a second a picture; two tests have them drawn."""
+    if not request.node.name.startswith(("test_every_arm_is_trained_once", "test_a_report_without_predictions")):
         monkeypatch.setattr(report, "write_pictures", lambda *_: {})
         monkeypatch.setattr(report, "_plot", lambda file, *_, **__: file.write_text("plot"))
 
@@ -830,6 +830,16 @@ def test_a_class_that_is_called_as_the_mean_is_refused(benchmark):
     status, _, err = benchmark("--arms", "masks")
     assert status == 1 and "a class is called 'mean', as records and tables call the mean" in err
     assert not benchmark.played.calls
+
+
+def test_a_report_without_predictions_has_no_pictures_of_them(benchmark):
+    benchmark("--arms", "masks", "dsp")
+    text = (benchmark.folder / "report.md").read_text()
+    shutil.rmtree(benchmark.folder / "runs" / DSP / "predictions")
+    status, _, err = benchmark("--report-only", begin=False)
+    assert status == 0 and f"cases_mixed_m2_w4.png is not drawn, for predictions are gone of {DSP}." in err
+    picture = "![best, median and worst case](cases_mixed_m2_w4.png)\n\n"
+    assert (benchmark.folder / "report.md").read_text() == text.replace(picture, "") != text
 
 
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):

@@ -38,7 +38,7 @@ from nnunet_dsp.benchmark.accuracy.measures import (
 )
 from nnunet_dsp.benchmark.accuracy.source import SourceFacts
 from nnunet_dsp.benchmark.accuracy.training import outdated
-from nnunet_dsp.benchmark.accuracy.workplace import Workplace, write_text
+from nnunet_dsp.benchmark.accuracy.workplace import Workplace, say, write_text
 from nnunet_dsp.benchmark.tables import markdown_table, plain_table, write_csv
 from nnunet_dsp.dataset_conversion import raw_dataset
 
@@ -608,6 +608,12 @@ def _picture(
     if not ranked:
         return False
     chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
+    folders = {record["run"]: place.run_folder(record["run"]) / "predictions" for record in records.values()}
+    wanted = [f"{case}{facts.file_ending}" for case in chosen.values()]
+    gone = [run for run, folder in folders.items() if not all((folder / name).is_file() for name in wanted)]
+    if gone:
+        say(f"{file.name} is not drawn, for predictions are gone of {', '.join(gone)}.")
+        return False
     full = place.raw / f"Dataset{FULL:03d}_{Data('full').name}"
     dataset = raw_dataset.read_dataset(full)
     reader = dataset.reader_writer()()
@@ -626,7 +632,7 @@ def _picture(
             "truth": {"image": image[plane], "mask": truth[plane]},
         }
         for arm, record in records.items():
-            predicted = reader.read_seg(str(place.run_folder(record["run"]) / "predictions" / f"{case}{ending}"))[0][0]
+            predicted = reader.read_seg(str(folders[record["run"]] / f"{case}{ending}"))[0][0]
             value = case_means({case: record["per_case"][case]}, "Dice")[case]
             row[arm] = {"image": image[plane], "mask": predicted[plane], "caption": f"mean Dice {value:.3f}"}
         rows.append(row)
