@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import shutil
 import threading
 import zipfile
@@ -180,7 +181,11 @@ class Played:
             for value in (1, 2):
                 tp, fp, fn = ((a == value) & (b == value), (a != value) & (b == value), (a == value) & (b != value))
                 tp, fp, fn = int(tp.sum()), int(fp.sum()), int(fn.sum())
-                metrics[str(value)] = {"Dice": 2 * tp / (2 * tp + fp + fn), "IoU": tp / (tp + fp + fn)}
+                found = tp + fp + fn > 0  # else nnU-Net says NaN
+                metrics[str(value)] = {
+                    "Dice": 2 * tp / (2 * tp + fp + fn) if found else math.nan,
+                    "IoU": tp / (tp + fp + fn) if found else math.nan,
+                }
                 metrics[str(value)] |= {"TP": tp, "FP": fp, "FN": fn}
             cases.append({"prediction_file": str(file), "metrics": metrics})
         (predicted / "summary.json").write_text(json.dumps({"metric_per_case": cases}))
@@ -840,6 +845,30 @@ def test_a_report_without_predictions_has_no_pictures_of_them(benchmark):
     assert status == 0 and f"cases_mixed_m2_w4.png is not drawn, for predictions are gone of {DSP}." in err
     picture = "![best, median and worst case](cases_mixed_m2_w4.png)\n\n"
     assert (benchmark.folder / "report.md").read_text() == text.replace(picture, "") != text
+
+
+def test_a_class_that_is_only_predicted_is_named_where_arms_differ_in_it():
+    def line(arm, *false_positives):
+        found = {"TP": 0, "FN": 0, "Dice": None}
+        cases = {
+            f"case_{number}": {"cell": {"TP": 5, "FN": 1, "FP": 2, "Dice": 0.8}, "nucleus": {**found, "FP": wrong}}
+            for number, wrong in enumerate(false_positives)
+        }
+        return report.Line(arm, report.Place("mixed", 2, 4), {0: {"per_case": cases}} if cases else {}, 1)
+
+    lines = {each.arm: each for each in (line("masks", 0, 7), line("dsp", 0, 0), line("full"))}
+    assert report.predicted_only(lines, ("cell", "nucleus")) == {"nucleus": ["masks"]}
+    both = {**lines, "dsp": line("dsp", 3, 0)}
+    assert report.predicted_only(both, ("cell", "nucleus")) == {}, "it counts alike for both"
+
+
+def test_the_report_says_which_arms_a_class_counts_for_that_no_test_case_shows(benchmark):
+    for number in (6, 7):
+        _, mask = image_and_mask(number)
+        imsave(benchmark.source / "labelsTs" / f"toy_{number}.png", np.minimum(mask, 1), check_contrast=False)
+    benchmark("--arms", "masks", "full")
+    said = "No test case shows nucleus. In the mean of arms that predict it, it counts as 0 (full); in that of others"
+    assert said in (benchmark.folder / "report.md").read_text()
 
 
 def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):

@@ -113,6 +113,21 @@ def gap_of(line: Line, lines: Mapping[str, Line]) -> float:
     return gap_closed(*values)
 
 
+def predicted_only(lines: Mapping[str, Line], classes: Sequence[str]) -> dict[str, list[str]]:
+    """By class that no test case shows the arms that predict it all the same, where other arms do not."""
+    result = {}
+    for name in classes:
+        entries = {
+            arm: [case.get(name, {}) for record in line.records.values() for case in record["per_case"].values()]
+            for arm, line in lines.items()
+        }
+        if not any(entry.get("TP", 0) + entry.get("FN", 0) for found in entries.values() for entry in found):
+            arms = [arm for arm, found in entries.items() if any(entry.get("FP", 0) for entry in found)]
+            if 0 < len(arms) < sum(map(bool, entries.values())):
+                result[name] = arms
+    return result
+
+
 def tests_of(lines: Mapping[str, Line]) -> list[tuple[str, str, PairedTest]]:
     """Pairs of arms on the seeds that both have: each with `masks`, `dsp` with each other one, pre-trained ones with
     masks:pretrained, and prompts with nnU-Net's ignore label, which has the same annotations."""
@@ -280,6 +295,12 @@ def markdown(
             continue
         parts += [markdown_table(main_table(lines, prices)), "Dice by class:"]
         parts.append(markdown_table(class_table(lines, facts.foreground, "Dice")))
+        for name, arms in predicted_only(lines, facts.foreground).items():
+            parts.append(
+                f"No test case shows {name}. In the mean of arms that predict it, it counts as 0 "
+                f"({', '.join(arms)}); in that of others it does not count. So these means, the gap closed and the "
+                "tests compare unequal classes."
+            )
         tests = test_table(lines)
         if len(tests) > 1:
             parts += [
