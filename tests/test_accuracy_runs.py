@@ -16,7 +16,7 @@ import pytest
 from skimage.io import imread, imsave
 
 from nnunet_dsp.annotations import LabelNames, read_annotations
-from nnunet_dsp.benchmark.accuracy import report, workplace
+from nnunet_dsp.benchmark.accuracy import curves, report, workplace
 from nnunet_dsp.benchmark.accuracy.annotators import order_of_masks
 from nnunet_dsp.benchmark.accuracy.source import SourceFacts
 from nnunet_dsp.cli import main
@@ -70,6 +70,7 @@ class Played:
         self.calls = []
         self.gpus = []
         self.fail = {}
+        self.use_mask_for_norm = [False]
 
     def __call__(self, place, *words, log, gpu=None, on_line=None, pid_file=None):
         words = [str(word) for word in words]
@@ -92,7 +93,8 @@ class Played:
         (folder / "dataset.json").write_bytes((raw / "dataset.json").read_bytes())
         (folder / "dataset_fingerprint.json").write_text("{}")
         plans = {"plans_name": "nnUNetPlansBenchmark", "dataset_name": raw.name, "configurations": {"2d": {
-            "data_identifier": "nnUNetPlansBenchmark_2d", "patch_size": [16, 16], "batch_size": 2}}}  # fmt: skip
+            "data_identifier": "nnUNetPlansBenchmark_2d", "patch_size": [16, 16], "batch_size": 2,
+            "use_mask_for_norm": self.use_mask_for_norm}}}  # fmt: skip
         (folder / "nnUNetPlansBenchmark.json").write_text(json.dumps(plans))
         self._preprocess(raw, folder)
 
@@ -116,6 +118,8 @@ class Played:
 
     def preprocess(self, place, words, on_line):
         (raw,) = place.raw.glob(f"Dataset{int(self.value(words, '-d')):03d}_*")
+        for part in ("nnUNetPlansBenchmark_2d", "gt_segmentations"):
+            shutil.rmtree(place.preprocessed / raw.name / part, ignore_errors=True)
         self._preprocess(raw, place.preprocessed / raw.name)
 
     def _preprocess(self, raw, folder):
@@ -203,7 +207,7 @@ def no_plots(request, monkeypatch):
     """Drawing takes a second a picture; two tests have them drawn."""
     if not request.node.name.startswith(("test_every_arm_is_trained_once", "test_a_report_without_predictions")):
         monkeypatch.setattr(report, "write_pictures", lambda *_: {})
-        monkeypatch.setattr(report, "_plot", lambda file, *_, **__: file.write_text("plot"))
+        monkeypatch.setattr(curves, "_plot", lambda file, *_, **__: file.write_text("plot"))
 
 
 @pytest.fixture
@@ -280,6 +284,16 @@ def test_what_has_finished_is_not_trained_again(benchmark):
     assert plans["options"]["dsp_weight"] == 0
     assert benchmark.record(DSP) == before
     assert "dsp-loss" in out and "masks" in out, "the report shows earlier arms too"
+
+
+@pytest.mark.parametrize("planned", [[True], [False]])
+def test_no_arm_normalises_by_what_label_files_leave_out(benchmark, planned):
+    benchmark.played.use_mask_for_norm = planned
+    assert benchmark("--arms", "full", "--seeds", "0")[0] == 0
+    for name in ("nnUNetPlansBenchmark", "Benchmark"):
+        plans = json.loads((benchmark.folder / f"nnUNet_preprocessed/Dataset001_full/{name}.json").read_text())
+        assert plans["configurations"]["2d"]["use_mask_for_norm"] == [False]
+    assert len(benchmark.played.of("preprocess")) == int(planned[0]), "once more, by the changed plans"
 
 
 def test_a_bare_call_goes_on_with_what_was_asked_for(benchmark):
@@ -564,7 +578,7 @@ def test_seeds_counts_and_spread(benchmark):
 
 def test_a_curve_never_mixes_counts_of_the_other_kind(benchmark, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(report, "_plot", lambda file, curves, *_, **__: drawn.update({file.stem: curves}))
+    monkeypatch.setattr(curves, "_plot", lambda file, curves, *_, **__: drawn.update({file.stem: curves}))
 
     def xs(name):
         return {curve.label: [x for x, *_ in curve.points] for curve in drawn[name]}
@@ -580,7 +594,7 @@ def test_a_curve_never_mixes_counts_of_the_other_kind(benchmark, monkeypatch):
 
 def test_all_other_cases_are_one_count_though_their_number_changes_with_the_masks(benchmark, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(report, "_plot", lambda file, curves, *_, **__: drawn.update({file.stem: curves}))
+    monkeypatch.setattr(curves, "_plot", lambda file, curves, *_, **__: drawn.update({file.stem: curves}))
     benchmark("--arms", "dsp", "--masks", "1", "2", "3")
     assert [(curve.label, [x for x, *_ in curve.points]) for curve in drawn["curve_masks"]] == [("dsp", [1, 2, 3])]
     assert set(drawn) == {"curve_masks", "curve_minutes"}, "no mask count has two weak counts"

@@ -129,9 +129,30 @@ class Datasets:
         say("Planning and preprocessing all training cases.")
         self.place.command(*command, log=self.place.folder / "log.txt")
         planned = raw_dataset.read_json(preprocessed / f"{PLANS_BASE}.json")
+        if self._normalise_all(planned):
+            write_json(preprocessed / f"{PLANS_BASE}.json", planned)
+            command = ["nnUNetv2_preprocess", "-d", FULL, "-plans_name", PLANS_BASE, "-c", configuration]
+            command += ["-np", processes]
+            self.place.command(*command, log=self.place.folder / "log.txt")
         write_json(preprocessed / f"{PLANS}.json", self._plans(planned))
         counts = total(mask_counts(self.facts.objects[case]) for case in self.facts.training)
         self._write_ready(name, counts, list(self.facts.training))
+
+    @staticmethod
+    def _normalise_all(planned: dict[str, Any]) -> bool:
+        """Have images normalised as a whole, not by what lies inside a head or body; whether that changes the plans.
+
+        nnU-Net takes what lies inside from the label files, and finds all of it where they are `ignore` all over:
+        weak cases would not look as masked ones do. So no arm normalises like that.
+        """
+        changed = False
+        for configuration in planned["configurations"].values():
+            if any(configuration.get("use_mask_for_norm", ())):
+                configuration["use_mask_for_norm"] = [False] * len(configuration["use_mask_for_norm"])
+                changed = True
+        if changed:
+            say("nnU-Net would normalise by what lies inside the head or body; here all arms normalise whole images.")
+        return changed
 
     def _link_full(self, source: RawDataset, evaluation: Mapping[str, Any], folder: Path, name: str) -> None:
         for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
