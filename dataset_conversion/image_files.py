@@ -6,7 +6,8 @@ Reading, converting and writing voxels belongs in image_store.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,15 @@ ENDINGS = (
 """Of images that can be imported, lower case; longer ones first where one ends in another."""
 
 MAX_FILES = 1_000_000
+IMAGE_FOLDERS = frozenset(
+    ("images", "image", "imagestr", "img", "imgs", "jpegimages", "photos", "pictures", "raw", "data")
+)
+"""Folders that say only that images lie in them, lower case: names leave them out, or have another of them."""
+LABEL_FOLDERS = frozenset((
+    "annotation", "annotations", "groundtruth", "ground_truth", "gt", "label", "labels", "labelstr", "manual", "mask",
+    "masks", "scribble", "scribbles", "seg", "segmentation", "truth",
+))  # fmt: skip
+"""Folders of annotations, whose names do not matter to where the image lies, lower case."""
 
 
 def ending_of(path: Path | str) -> str | None:
@@ -63,6 +73,8 @@ class ImageFolder:
         self._files: list[Path] | None = None
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
+        self._folders: set[str] = set()
+        self._root_name = ""
 
     def files(self) -> list[Path]:
         """Every image file, sorted by path; hidden files and folders are passed over.
@@ -77,9 +89,11 @@ class ImageFolder:
                     raise AnnotationError(f"{self.root} holds more than {MAX_FILES} images. Name a smaller folder.")
                 files.append(path)
             self._files = sorted(files)
+            self._root_name = self.root.resolve().name.lower()
             for path in self._files:
                 self._by_name.setdefault(path.name.lower(), []).append(path)
                 self._by_stem.setdefault(stem_of(path).lower(), []).append(path)
+                self._folders.update(self._folders_of(path))
         return self._files
 
     def _walk(self) -> Iterator[Path]:
@@ -100,7 +114,8 @@ class ImageFolder:
         Tried in this order: the path below `near` (a folder below the root) and below the root; the path's last parts
         in any subfolder; a file of that stem with another image ending (tools annotate a JPEG of a TIFF). An absolute
         path or one with ".." counts by its last parts only: tools write down where the file lay on the annotator's
-        computer.
+        computer. Folders that are nowhere below the root may be missing, but an image in another folder than the one
+        that is named is another image: p2/s1.png is not p1/s1.png.
 
         Raises:
             AnnotationError: no such image, or several.
@@ -114,9 +129,13 @@ class ImageFolder:
                 if folder is not None and folder.joinpath(*parts) in self._by_name.get(parts[-1].lower(), ()):
                     return folder.joinpath(*parts)
         last = parts[-1]
-        found = self._by_name.get(last.lower(), [])
-        exact = [path for path in found if path.name == last]
-        found = exact or found or self._by_stem.get(stem_of(last).lower(), [])
+        called = self._by_name.get(last.lower(), [])
+        exact = [path for path in called if path.name == last]
+        choices = (exact, called, self._by_stem.get(stem_of(last).lower(), []))
+        elsewhere = next((paths for paths in choices if paths), [])
+        absolute = re.match(r"[/\\]|[A-Za-z]:", str(name)) is not None
+        agreeing = ([path for path in paths if self._may_be(path, parts[:-1], absolute)] for paths in choices)
+        found = next((paths for paths in agreeing if paths), [])
         if len(found) > 1 and near is not None and len(parts) == 1:
             found = [path for path in found if path.parent == near] or found
         if len(found) > 1:  # the folders it names decide
@@ -129,6 +148,12 @@ class ImageFolder:
                 if not narrower:
                     break
                 found = narrower
+        if not found and elsewhere:
+            other = elsewhere[0].relative_to(self.root)
+            raise AnnotationError(
+                f"{_where(source, entry)}there is no image {name[:200]!r} in {self.root}; {other} lies in another "
+                f"folder. Correct the folder, or name that of the images: --images {elsewhere[0].parent}"
+            )
         if not found:
             raise AnnotationError(
                 f"{_where(source, entry)}there is no image {name[:200]!r} in {self.root}. "
@@ -140,6 +165,29 @@ class ImageFolder:
                 f"{_where(source, entry)}the image {name[:200]!r} may be any of {shown}. Name a folder that holds one."
             )
         return found[0]
+
+    def _folders_of(self, path: Path) -> list[str]:
+        """Names of the folders below the root in which a file lies, lower case."""
+        return [part.lower() for part in path.relative_to(self.root).parts[:-1]]
+
+    def _may_be(self, path: Path, folders: Sequence[str], absolute: bool) -> bool:
+        """Whether an image may be the one that is named with these folders; `absolute`: from another computer's root.
+
+        Not if a folder it names exists but is none of the image's, nor if the image lies in a folder it does not name.
+        """
+        named, has = [folder.lower() for folder in folders], self._folders_of(path)
+        if not named or named[-1 - len(has) :] == [self._root_name, *has]:
+            return True
+        if self._root_name in named and self._root_name not in self._folders:
+            named = named[len(named) - named[::-1].index(self._root_name) :]
+        if any(folder in self._folders and folder not in (*has, *LABEL_FOLDERS) for folder in named):
+            return False
+        shared = [folder for folder in has if folder in named]
+        if all(folder in named or folder in IMAGE_FOLDERS for folder in has):
+            return _ends_with([folder for folder in named if folder in has], shared)
+        if absolute:  # its first folders are those of another computer
+            return has[-1] == named[-1] if named else False
+        return bool(named) and _ends_with(has, named)
 
     def shape(self, path: Path) -> tuple[int, ...]:
         """Spatial shape of an image, (y, x) or (z, y, x), from its header."""
@@ -170,6 +218,10 @@ class ImageFolder:
             tuple(reader.GetSpacing()),
             np.asarray(reader.GetDirection(), np.float64).reshape(dim, dim),
         )
+
+
+def _ends_with(folders: Sequence[str], last: Sequence[str]) -> bool:
+    return len(last) <= len(folders) and list(folders[len(folders) - len(last) :]) == list(last)
 
 
 def _where(source: str | os.PathLike[str], entry: str) -> str:

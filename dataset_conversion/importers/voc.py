@@ -114,7 +114,8 @@ def _find_image(file: Path, root: Element, images: ImageFolder) -> Path:
         try:
             return images.find(named, file, "filename", file.parent)
         except AnnotationError:
-            pass
+            if stem_of(named.replace("\\", "/")) == file.stem:
+                raise  # else the same name would be found in any other folder
     try:
         return images.find(file.stem, file, "", file.parent)
     except AnnotationError:
