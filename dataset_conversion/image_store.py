@@ -13,6 +13,7 @@ import io
 import os
 import shutil
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_dsp.annotations import AnnotationError
+from nnunet_dsp.dataset_conversion.array_files import check_whole
 from nnunet_dsp.dataset_conversion.image_files import ending_of
 
 ITK_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -287,6 +289,8 @@ def write_image(
     Raises:
         AnnotationError: the image cannot be read whole, or cannot be converted without loss.
     """
+    if data is None:
+        _check_whole(file)
     if info.verbatim and data is None and info.channels == form.channels and _same_ending(info.ending, form.ending):
         link_or_copy(file, target)
         return
@@ -385,11 +389,28 @@ def _voxels(file: Path, data: bytes | None, info: ImageInfo) -> npt.NDArray[Any]
     if info.family != "itk":
         array = read_picture(file, data, info)
         return array.astype(np.uint8) * 255 if array.dtype == bool else array
+    return read_volume(file, info)
+
+
+def read_volume(file: Path, info: ImageInfo) -> npt.NDArray[Any]:
+    """Voxels of a NIfTI, NRRD or MHA file: (z, y, x) or (y, x), as stored.
+
+    Raises:
+        AnnotationError: the file cannot be read, or is cut off.
+    """
     import SimpleITK
 
+    _check_whole(file)
     try:
         return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file))).reshape(info.shape)
     except RuntimeError as error:
+        raise AnnotationError(f"{file}: the image cannot be read: {_reason(error)}") from None
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        check_whole(file)
+    except (OSError, RuntimeError, ValueError, zlib.error) as error:
         raise AnnotationError(f"{file}: the image cannot be read: {_reason(error)}") from None
 
 

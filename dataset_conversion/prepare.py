@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from nnunet_dsp.annotations import (
 )
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.arguments import add_processes_argument
+from nnunet_dsp.dataset_conversion.array_files import check_whole
 from nnunet_dsp.dataset_conversion.fingerprint import fingerprint_is_contaminated, write_fingerprint
 from nnunet_dsp.dataset_conversion.instance_labels import ignore_value, is_instance_dataset
 from nnunet_dsp.dataset_conversion.parallel import map_cases
@@ -222,6 +224,11 @@ def check_dataset(
 
 def _check_case(job: _CheckJob) -> tuple[Annotations | None, list[tuple[int, str]], bool]:
     """Annotations (None: no file, or unusable), problems with severity (0 is worst), whether any voxel is masked."""
+    for image in job.case.images:
+        try:
+            check_whole(image)
+        except (OSError, RuntimeError, ValueError, zlib.error) as error:
+            raise ValueError(f"{image} cannot be read: {error}") from error
     mask = None
     if job.case.label.is_file():
         mask, _ = raw_dataset.read_label(job.reader_writer, job.case.label)

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_dsp.dataset_conversion.array_files import check_whole
+
 RECORD = "nnunet_dsp_record.json"
 EVALUATION_FOLDER = "labelsTr_evaluation"  # nnU-Net does not know the folder, so it never trains on what is in it
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -303,6 +305,7 @@ def read_label(reader_writer: Any, path: Path) -> tuple[np.ndarray, dict[str, An
         ValueError: the file cannot be read, or holds values that are not whole numbers.
     """
     try:
+        check_whole(path)
         array, properties = reader_writer().read_seg(str(path))
     except Exception as error:  # each of nnU-Net's readers has its own; a data error whatever the type
         raise ValueError(f"{path} cannot be read as a label file: {error}") from error

@@ -23,7 +23,14 @@ from nnunet_dsp.annotation_errors import listed
 from nnunet_dsp.annotations import AnnotationError
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.image_files import ENDINGS, ImageFolder, stem_of
-from nnunet_dsp.dataset_conversion.image_store import ITK_ENDINGS, JPEG_ENDINGS, TIFF_ENDINGS, probe
+from nnunet_dsp.dataset_conversion.image_store import (
+    ITK_ENDINGS,
+    JPEG_ENDINGS,
+    TIFF_ENDINGS,
+    probe,
+    read_picture,
+    read_volume,
+)
 from nnunet_dsp.dataset_conversion.imported import RasterMask, SourceImage, fail
 from nnunet_dsp.dataset_conversion.importers._pairing import annotation_files
 from nnunet_dsp.label_names import BACKGROUND, IGNORE
@@ -319,13 +326,8 @@ def _voxels(file: Path, colours: bool) -> npt.NDArray[Any]:
     info = probe(file)
     try:
         if name.endswith(ITK_ENDINGS):
-            import SimpleITK
-
-            array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
-            return array.reshape(info.shape)
+            return read_volume(file, info)
         if name.endswith(TIFF_ENDINGS):
-            from nnunet_dsp.dataset_conversion.image_store import read_picture
-
             return read_picture(file, None, info)
         from PIL import Image
 

@@ -29,6 +29,7 @@ from nnunet_dsp.annotations import (
     describe_source,
     read_annotations,
 )
+from nnunet_dsp.dataset_conversion.array_files import check_whole
 from nnunet_dsp.dataset_conversion.raw_dataset import RawCase, read_label
 from nnunet_dsp.report.drawing import Picture
 from nnunet_dsp.report.findings import Finding
@@ -180,6 +181,8 @@ def _read_image(job: CaseJob, reader: ReadOnce, report: CaseReport) -> npt.NDArr
         return None
     printed = io.StringIO()
     try:
+        for file in case.images:
+            check_whole(file)
         with contextlib.redirect_stdout(printed):  # nnU-Net's readers print what is wrong before they raise
             image, properties = reader.read_images([str(file) for file in case.images])
     except Exception as error:  # each of nnU-Net's readers has its own

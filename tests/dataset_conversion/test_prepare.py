@@ -77,6 +77,16 @@ def test_labels_written_for_volumes_have_the_geometry_of_the_image(make_dataset,
         assert np.allclose(getattr(image, geometry)(), getattr(label, geometry)())
 
 
+@pytest.mark.parametrize("file", ["labelsTr/case_01.nii.gz", "imagesTr/case_01_0000.nii.gz"])
+def test_a_volume_that_is_cut_off_is_refused_not_filled_up(make_dataset, call, contents, file):
+    folder, _ = make_dataset(101, dim=3, cases=2)
+    (folder / file).write_bytes((folder / file).read_bytes()[: (folder / file).stat().st_size // 2])
+    before = contents(folder)
+    with pytest.raises(ValueError, match=rf"{file} cannot be read.*truncated"):
+        call(prepare, "-d", 101)
+    assert contents(folder) == before
+
+
 def test_a_dry_run_changes_nothing(own_data, call, contents, capsys):
     before = contents(own_data.parents[1])
     assert call(prepare, "-d", 101, "--dry-run") == 0

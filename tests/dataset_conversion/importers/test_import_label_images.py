@@ -133,6 +133,19 @@ def test_label_volumes_keep_their_place_and_one_that_lies_elsewhere_is_refused(t
         call(import_annotations, *arguments, "--overwrite")
 
 
+@pytest.mark.parametrize("part", ["labels", "images"])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_volume_that_is_cut_off_is_refused_not_filled_with_background(tmp_path, nnunet, call, part, ending):
+    for folder in ("images", "labels"):
+        volume(tmp_path / folder / f"v{ending}", np.random.default_rng(0).integers(0, 2, (9, 20, 30)).astype(np.uint8))
+    file = tmp_path / part / f"v{ending}"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    arguments = ("labels", tmp_path, "-d", 1, "--values", "1=cell")
+    with pytest.raises(AnnotationError, match=rf"{part}/v{ending}: the image cannot be read: truncated"):
+        call(import_annotations, *arguments)
+    assert not list(nnunet.glob("Dataset001*"))
+
+
 def test_with_add_the_values_are_those_of_the_dataset_and_others_are_refused(folders, nnunet, call, make_dataset):
     make_dataset(101)
     Image.fromarray(label_map() + np.uint8(1)).save(folders / "masks" / "a.png")
