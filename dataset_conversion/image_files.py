@@ -66,10 +66,14 @@ class Geometry:
 
 
 class ImageFolder:
-    """The images that annotations may name: those of one folder and its subfolders, and nothing outside of it."""
+    """The images that annotations may name: those of one folder and its subfolders, and nothing outside of it.
 
-    def __init__(self, root: Path) -> None:
+    shown: annotations count pixels as viewers show images with an EXIF orientation, which decides what shape() says.
+    """
+
+    def __init__(self, root: Path, *, shown: bool = False) -> None:
         self.root = root
+        self.shown = shown
         self._files: list[Path] | None = None
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
@@ -190,10 +194,11 @@ class ImageFolder:
         return bool(named) and _ends_with(has, named)
 
     def shape(self, path: Path) -> tuple[int, ...]:
-        """Spatial shape of an image, (y, x) or (z, y, x), from its header."""
+        """Spatial shape of an image, (y, x) or (z, y, x), from its header, in which annotations of it count."""
         from nnunet_dsp.dataset_conversion.image_store import probe
 
-        return probe(path).shape
+        info = probe(path)
+        return info.turned_shape if self.shown else info.shape
 
     def read_geometry(self, path: Path) -> Geometry:
         """Shape and place of an image in the world, from its header, by SimpleITK.

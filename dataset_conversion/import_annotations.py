@@ -209,7 +209,7 @@ def make_plan(args: argparse.Namespace, module: ModuleType) -> Plan:
     if args.spacing is not None and not all(0 < s < 1e9 for s in args.spacing):
         raise ValueError(f"--spacing: expected three lengths above 0, but got {args.spacing}.")
     target, existing = _target(args)
-    images = ImageFolder(root)
+    images = ImageFolder(root, shown=args.exif == "shown")
     sources = list(tqdm(module.read(args.source, args, images), desc="Reading annotations", unit=" images", delay=3))
     _refuse_doubles(sources)
     if args.unlabelled:

@@ -106,7 +106,8 @@ def read(src: Path, args: argparse.Namespace, images: ImageFolder) -> Iterator[S
             raise _unsaid_values(file)
         numbers = {name: number for number, name in enumerate((BACKGROUND, *table.names))}
         shape = probe(file).shape
-        if shape != images.shape(image):
+        unsaid = {probe(image).turned_shape} if args.exif is None else set()  # the label image shows how it is meant
+        if shape not in {images.shape(image), *unsaid}:
             fail(
                 file,
                 "",
@@ -121,7 +122,14 @@ def read(src: Path, args: argparse.Namespace, images: ImageFolder) -> Iterator[S
             "",
             names={number: name for name, number in numbers.items()},
         )
-        yield SourceImage(file=image, name=stem_of(image), marks=(mask,), source=file.name, classes=table.names)
+        yield SourceImage(
+            file=image,
+            name=stem_of(image),
+            marks=(mask,),
+            source=file.name,
+            expected_shape=shape,
+            classes=table.names,
+        )
     if not found:
         fail(src, "", f"no label image belongs to an image of {images.root}", "Name the images' folder: --images DIR.")
 

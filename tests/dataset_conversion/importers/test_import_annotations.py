@@ -422,6 +422,42 @@ def test_annotations_follow_an_image_that_is_turned_when_shown(tmp_path, nnunet,
         run(10, 25)
 
 
+def save_turned(path):
+    """The painted picture as a JPEG that viewers show turned: 60 high, 40 wide; the mask of the vessel as shown."""
+    picture, masks = painted()
+    image = Image.fromarray(picture)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, exif=exif, quality=95)
+    return np.rot90(masks["vessel"], -1)
+
+
+def test_yolo_fractions_are_those_of_the_image_as_shown_or_as_stored(tmp_path, nnunet, call):
+    shown = save_turned(tmp_path / "images" / "f.jpg")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "classes.txt").write_text("vessel\n")
+    for option, mask in (("shown", shown), ("stored", painted()[1]["vessel"])):
+        (y, x), (height, width) = np.argwhere(mask).min(0), mask.shape
+        rows, columns = np.argwhere(mask).max(0) + 1 - (y, x)
+        numbers = ((x + columns / 2) / width, (y + rows / 2) / height, columns / width, rows / height)
+        (tmp_path / "labels" / "f.txt").write_text("0 " + " ".join(f"{v:.6f}" for v in numbers))
+        arguments = ("yolo", tmp_path, "-d", 1, "--name", "X", "--overwrite", "--exif", option)
+        assert call(import_annotations, *arguments) == 0
+        (found,) = read_annotations(nnunet / "Dataset001_X" / "annotationsTr" / "f.json").boxes
+        assert found.start == (y, x) and found.stop == (y + rows, x + columns)
+
+
+@pytest.mark.parametrize("options", [(), ("--exif", "shown")])
+def test_label_images_may_have_the_shape_that_viewers_show(tmp_path, nnunet, call, options):
+    shown = save_turned(tmp_path / "images" / "f.jpg")
+    save_picture(tmp_path / "masks" / "f.png", shown.astype(np.uint8))
+    assert call(import_annotations, "labels", tmp_path, "-d", 1, "--name", "X", "--values", "1=vessel", *options) == 0
+    folder = nnunet / "Dataset001_X"
+    np.testing.assert_array_equal(io.imread(folder / "labelsTr" / "f.png"), shown)
+    assert io.imread(folder / "imagesTr" / "f_0000.png")[shown].mean() == pytest.approx(120, abs=12)
+
+
 def test_annotations_of_a_resized_or_turned_image_are_refused(source, nnunet, call):
     file = source(a=[box(CELL, 1, 2, 3, 4)])
     content = json.loads(file.read_text())
