@@ -37,6 +37,8 @@ HELP = "CSV, TSV, text tables: image-level labels, points, boxes"
 EXAMPLE = "nnunet_dsp import csv labels.csv --images slides/ -d 510 --complete tags=all"
 
 MAX_COLUMNS = 20_000
+CENTRES = {a: (f"center_{a}", f"centre_{a}", f"c{a}", f"centroid_{a}", f"{a}_center", f"{a}_centre") for a in "xyz"}
+"""Columns of an object's centre: with width and height, the box lies around it."""
 ROLES = {
     "image": (
         "image", "images", "filename", "file_name", "file", "image_id", "image_name", "imagename", "image_file",
@@ -48,9 +50,9 @@ ROLES = {
     ),
     "labels": ("labels", "classes", "tags", "present", "categories", "finding_labels", "findings"),
     "absent": ("absent", "absent_labels"),
-    "x": ("x", "x_px", "x_pixel", "col", "column", "point_x", "center_x", "centre_x", "cx", "centroid_x", "pos_x"),
-    "y": ("y", "y_px", "y_pixel", "row", "point_y", "center_y", "centre_y", "cy", "centroid_y", "pos_y"),
-    "z": ("z", "z_px", "slice", "plane", "center_z", "centre_z", "cz", "centroid_z", "pos_z"),
+    "x": ("x", "x_px", "x_pixel", "col", "column", "point_x", *CENTRES["x"], "pos_x"),
+    "y": ("y", "y_px", "y_pixel", "row", "point_y", *CENTRES["y"], "pos_y"),
+    "z": ("z", "z_px", "slice", "plane", *CENTRES["z"], "pos_z"),
     "xmin": ("xmin", "x_min", "left", "x1", "x0", "bbox_x_min", "x_start", "bbox_left"),
     "ymin": ("ymin", "y_min", "top", "y1", "y0", "bbox_y_min", "y_start", "bbox_top"),
     "zmin": ("zmin", "z_min", "z1", "z0", "z_start"),
@@ -108,6 +110,8 @@ def read(src: Path, args: argparse.Namespace, images: ImageFolder) -> Iterator[S
     found: dict[Path, _Marks] = {}
     for file in files:
         table = _Table(file, args)
+        table.refuse_fractions()
+        table.find_image_sizes(images)
         if src.is_file() and not table.lines:
             fail(file, "", "the table holds no row")
         for number, row in table.rows():
@@ -139,10 +143,12 @@ class _Table:
     """One table: its rows, and which column holds what."""
 
     def __init__(self, file: Path, args: argparse.Namespace) -> None:
-        self.file, self.label = file, args.label
+        self.file, self.label, self.first_pixel = file, args.label, args.first_pixel
         self.delimiter, self.lines = _split(file)
         self.columns: dict[str, int] = {}
         self.classes: dict[str, int] = {}
+        self.centred: set[str] = set()
+        self.holds_image_sizes = False
         self._own_image: Path | None = None
         first = self.lines[0][1] if self.lines else []
         self.width = len(first)
@@ -202,6 +208,8 @@ class _Table:
                     if name == alias and role not in self.columns and not (wanted and shown[index] in wanted):
                         if index not in self.columns.values():
                             self.columns[role] = index
+                            if alias in CENTRES.get(role, ()):
+                                self.centred.add(role)
         used = set(self.columns.values()) | {i for i, n in enumerate(names) if n in ROLES["ignored"]}
         if wanted is not None:
             self.classes = {word: shown.index(word) for word in wanted}
@@ -237,6 +245,39 @@ class _Table:
         if self.delimiter != "," and re.fullmatch(r"[-+]?\d+,\d+", text):
             text = text.replace(",", ".")
         return finite(text, self.file, f"line {line}, {role}")
+
+    def refuse_fractions(self) -> None:
+        """Boxes of fractions of the image's size, as Open Images has them: in voxels, all would be the first one."""
+        corners = ("xmin", "ymin", "xmax", "ymax")
+        choices = (corners, ("xmin", "ymin", "width", "height"), ("x", "y", "width", "height"))
+        roles = next((roles for roles in choices if self.has(*roles)), None)
+        if roles is None or self.has("kind"):
+            return
+        values = [self.number(row, role, n) for n, row in self.rows() for role in roles if self.cell(row, role)]
+        if values and all(0 <= v <= 1 for v in values) and not all(v.is_integer() for v in values):
+            fail(
+                self.file,
+                "",
+                f"expected {', '.join(roles)} in pixels, but all lie between 0 and 1: are they fractions of the "
+                "image's width and height?",
+                "Multiply them by these.",
+            )
+
+    def find_image_sizes(self, images: ImageFolder) -> None:
+        """Whether width and height beside points are those of the image: in all rows they are as large as it is."""
+        roles = ("x", "y", "width", "height")
+        if not self.has(*roles) or self.has("kind") or self.has("xmin", "ymin"):
+            return
+        places = set()
+        for line, row in self.rows():
+            if not all(self.cell(row, role) for role in roles):
+                continue
+            x, y, width, height = (self.number(row, role, line) for role in roles)
+            if (height, width) != images.shape(self.image_of(row, line, images)):
+                return
+            places.add((x, y))
+        # at the first pixel in every row, they are boxes around whole images
+        self.holds_image_sizes = bool(places - {(self.first_pixel, self.first_pixel)})
 
     def image_of(self, row: Sequence[str], line: int, images: ImageFolder) -> Path:
         if not self.has("image"):
@@ -319,9 +360,10 @@ class _Marks:
             self._place(table, row, line, ("ymin", "xmin"), ("ymax", "xmax"))
         elif table.has("xmin", "ymin", "width", "height"):
             self._place(table, row, line, ("ymin", "xmin"), ("height", "width"))
-        elif table.has("x", "y", "width", "height"):
+        elif table.has("x", "y", "width", "height") and not table.holds_image_sizes:
             self._place(table, row, line, ("y", "x"), ("height", "width"))
         elif table.has("x", "y"):
+            self._sized(table, row, line)
             self._place(table, row, line, ("y", "x"), ())
         elif table.has("label"):
             if table.cell(row, "label"):
@@ -330,7 +372,7 @@ class _Marks:
             fail(table.file, "line 1", "its columns hold neither classes nor complete points or boxes")
 
     def _sized(self, table: _Table, row: Sequence[str], line: int) -> None:
-        """Width and height beside corners are those of the image."""
+        """Width and height beside corners, and some beside points, are those of the image."""
         if table.has("width", "height") and table.cell(row, "width") and table.cell(row, "height"):
             size = (int(table.number(row, "height", line)), int(table.number(row, "width", line)))
             if min(size) > 0:
@@ -341,7 +383,7 @@ class _Marks:
     ) -> None:
         """A point or a box of the columns named; nothing where all of them are empty."""
         entry = f"line {line}"
-        if second == ("height", "width") and table.has("z", "zmax"):
+        if second == ("height", "width") and table.has("zmax"):
             fail(table.file, "line 1", "boxes in 3D need zmin and zmax, ymin and ymax, xmin and xmax")
         if second and table.has("zmin", "zmax"):
             first, second = ("zmin", *first), ("zmax", *second)
@@ -362,6 +404,8 @@ class _Marks:
             return
         two = [table.number(row, role, line) for role in second]
         if second == ("height", "width"):
+            centred = [role in table.centred for role in first]
+            one = [a - size / 2 if around else a for a, size, around in zip(one, two, centred, strict=True)]
             two = [a + size for a, size in zip(one, two, strict=True)]
         else:
             two = [b - count + (1 if self.args.inclusive else 0) for b in two]

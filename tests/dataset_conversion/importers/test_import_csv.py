@@ -89,6 +89,9 @@ def test_points_lie_on_the_painted_cell(table, text):
         ("image,label,x1,y1,x2,y2\na.png,cell,31,5,46,11\n", ("--inclusive",)),
         ("image,label,x1,y1,x2,y2\na.png,cell,32,6,47,12\n", ("--inclusive", "--first-pixel", "1")),
         ("image,x1,y1,x2,y2\na.png,31,5,47,12\n", ("--label", "cell")),
+        ("image,label,center_x,center_y,width,height\na.png,cell,39,8.5,16,7\n", ()),
+        ("image,label,cx,cy,w,h\na.png,cell,40,9.5,16,7\n", ("--first-pixel", "1")),
+        ("image,label,x,centroid_y,w,h\na.png,cell,31,8.5,16,7\n", ()),
     ],
 )
 def test_boxes_touch_the_painted_cell_on_every_side(table, text, options):
@@ -96,6 +99,24 @@ def test_boxes_touch_the_painted_cell_on_every_side(table, text, options):
     (box,) = image.marks
     assert isinstance(box, BoxMark) and box.label == "cell" and lies_on(box, painted()[1]["cell"])
     assert image.expected_shape == ((40, 60) if "width,height,class" in text else None)
+
+
+def test_width_and_height_of_the_image_beside_points_are_no_boxes(table):
+    points = "image,width,height,x,y,label\na.png,60,40,46,11,cell\nb.png,60,40,31,5,cell\n"
+    for name, image in table(points).items():
+        assert all(isinstance(mark, PointMark) and lies_on(mark, painted()[1]["cell"]) for mark in image.marks), name
+        assert image.expected_shape == (40, 60) and len(image.marks) == 1
+    boxes = table(points + "b.png,16,7,31,5,cell\n")  # one is smaller: they are boxes
+    assert [type(mark) for mark in boxes["b"].marks] == [BoxMark, BoxMark]
+    (whole,) = table("image,width,height,x,y,label\na.png,60,40,0,0,cell\n")["a"].marks
+    assert isinstance(whole, BoxMark) and whole.stop == (40, 60)
+
+
+@pytest.mark.parametrize("columns", ["xmin,ymin,xmax,ymax", "left,top,width,height", "cx,cy,w,h"])
+def test_boxes_in_fractions_of_the_image_are_refused(table, columns):
+    with pytest.raises(AnnotationError, match=r"table\.csv: expected .* but all lie between 0 and 1.*Multiply"):
+        table(f"image,{columns},label\na.png,0.5,0.25,0.75,1,cell\nb.png,0,0,1,1,cell\n")
+    assert len(table(f"image,{columns},label\na.png,0,0,1,1,cell\n")["a"].marks) == 1
 
 
 def test_a_row_without_a_place_names_an_image_without_objects(table):
@@ -135,6 +156,7 @@ def test_points_in_3d_have_a_z(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("image,zmin,zmax,xmin,ymin,w,h,label\na,1,2,3,4,5,6,cell\n", "line 1: boxes in 3D need zmin and zmax"),
         ("", "the table holds no row"),
         ("image,x,y,class\na.png,1,2\n", "line 2: expected 4 cells.*got 3"),
         ("image,x,y,class\na.png,1,,cell\n", "line 2, y: expected a number, but got ''"),
