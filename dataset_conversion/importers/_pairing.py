@@ -82,7 +82,7 @@ class Pairing:
         if self.named is not None:
             image = self.images.find(self.named, "--image")
             return image, self._rest(stem, image)
-        for name in _beginnings(stem):
+        for name in beginnings(stem):
             found = self._by_name.get(name.lower(), [])
             if found:
                 near = [path for path in found if path.parent.resolve() == file.parent.resolve()] or found
@@ -145,7 +145,7 @@ def merged(images: Iterable[SourceImage], src: Path) -> Iterator[SourceImage]:
         )
 
 
-def _beginnings(stem: str) -> Iterator[str]:
+def beginnings(stem: str) -> Iterator[str]:
     """A name, then what is left of it when it is cut at each separator, the longest first."""
     yield stem
     for position in range(len(stem) - 1, 0, -1):

@@ -34,7 +34,7 @@ from nnunet_dsp.dataset_conversion.imported import (
     text_of,
     whole_number,
 )
-from nnunet_dsp.dataset_conversion.importers._pairing import Pairing, annotation_files, each, merged
+from nnunet_dsp.dataset_conversion.importers._pairing import Pairing, annotation_files, beginnings, each, merged
 from nnunet_dsp.dataset_conversion.importers._shapes import IN_ONE_SLICE, MAX_RING, hull, is_upright_rectangle
 
 NAME = "qupath"
@@ -122,20 +122,27 @@ def _read_files(src: Path, args: argparse.Namespace, images: ImageFolder) -> Ite
     corner = tuple(finite(value, "--offset", "") for value in args.offset)
     whole = _Frame(corner[0], corner[1], args.downsample, 0, args.downsample != 1 or corner != (0, 0))
     tiles: dict[str, list[tuple[Path, _Frame]]] = {}
+    others: set[str] = set()
     for image in images.files():
         tile = _tile(image)
         if tile is not None:
             tiles.setdefault(tile[0].lower(), []).append((image, tile[1]))
+        else:
+            others |= {image.name.lower(), stem_of(image).lower()}
     pairing: Pairing | None = None
     files = annotation_files(src, ENDINGS, "GeoJSON file")
     if src.is_dir() and any(file.name.lower().endswith(ENDINGS[0]) for file in files):
         files = [file for file in files if file.name.lower().endswith(ENDINGS[0])]  # other JSON is of other programs
     for file in each(files):
         stem = next((file.name[: -len(e)] for e in ENDINGS if file.name.lower().endswith(e)), file.name)
-        found = None if args.image else tiles.get(stem.lower()) or tiles.get(stem_of(stem).lower())
+        names = (name.lower() for name in beginnings(stem))  # slide_1_points: slide_1_points, slide_1, slide
+        slide = None if args.image else next((name for name in names if name in tiles or name in others), None)
+        found = tiles.get(slide) if slide is not None else None
         if found is None:
             pairing = pairing or Pairing(images, args.image)
-            found = [(pairing.find(file, file.name[len(stem) :])[0], whole)]
+            image = pairing.find(file, file.name[len(stem) :])[0]
+            tile = None if whole.is_part else _tile(image)
+            found = [(image, whole if tile is None else tile[1])]
         objects = list(_features(file, _read_json(file)))
         if len(found) == 1:
             yield _Image(file, images, found[0][0], found[0][1], args).source_image(objects)

@@ -179,6 +179,34 @@ def test_tiles_that_qupath_exported_find_their_slide_by_their_names(tmp_path):
     assert lies_on(right.marks[0], masks["cell"][0:20, 20:60])
 
 
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("slide_1", ()), ("slide_1_points", ()), ("slide_1.tif", ()), ("x", ("--image", "slide_1 [x="))],
+)
+def test_a_tile_keeps_its_place_whatever_the_geojson_file_is_called(tmp_path, tiles, name, options):
+    files = [f"slide_1 [x={x},y=0,w=30,h=40].png" for x in (30, 0)[:tiles]]
+    for file, x in zip(files, (30, 0), strict=False):
+        save_picture(tmp_path / "tiles" / file, painted()[0][:, x : x + 30])
+    save_picture(tmp_path / "tiles" / "other" / "slide.png")
+    content = {"type": "FeatureCollection", "features": [feature("Point", [45.5, 8.5])]}
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / f"{name}.geojson").write_text(json.dumps(content))
+    options = options and (options[0], files[0])
+    found = {image.file.name: image for image in read(qupath, tmp_path / "json", *options, images=tmp_path / "tiles")}
+    assert set(found) == set(files[:1] if options else files)
+    (mark,) = found[files[0]].marks
+    assert mark.at == (8.0, 15.0) and lies_on(mark, painted()[1]["cell"][:, 30:])
+
+
+def test_a_part_that_is_no_tile_goes_by_the_longest_name(tmp_path):
+    save_picture(tmp_path / "slide [x=30,y=0,w=60,h=40].png")
+    save_picture(tmp_path / "slide_1.png")
+    (tmp_path / "slide_1_points.geojson").write_text(json.dumps([feature("Point", [45.5, 8.5])]))
+    (image,) = read(qupath, tmp_path)
+    assert image.file.name == "slide_1.png" and lies_on(image.marks[0], painted()[1]["cell"])
+
+
 def test_broken_objects_are_named_whichever_tile_they_would_be_on(tmp_path):
     for x in (0, 20):
         save_picture(tmp_path / f"slide [x={x},y=0,w=20,h=20].png", painted()[0][:20, :20])
