@@ -28,6 +28,7 @@ from nnunet_dsp.dataset_conversion.import_writing import (
     Done,
     Job,
     case_names,
+    cases_by_image,
     copy_dataset,
     do_job,
     existing_case,
@@ -291,6 +292,16 @@ def _refuse_doubles(sources: Sequence[SourceImage]) -> None:
         seen[path] = image.source
 
 
+def _refuse_doubled_cases(sources: Sequence[SourceImage], cases: Sequence[raw_dataset.RawCase | None]) -> None:
+    seen: dict[str, SourceImage] = {}
+    for image, case in zip(sources, cases, strict=True):
+        if case is not None and seen.setdefault(case.name, image) is not image:
+            raise AnnotationError(
+                f"{image.source}: {image.file} and {seen[case.name].file} are both the case {case.name!r} of the "
+                "dataset. Import one of the two, or the second with --add."
+            )
+
+
 def _plan_images(
     args: argparse.Namespace,
     root: Path,
@@ -304,7 +315,9 @@ def _plan_images(
     from tqdm import tqdm
 
     infos = [probe(s.file, s.embedded) for s in tqdm(sources, desc="Looking at images", disable=len(sources) < 200)]
-    cases = [None if existing is None else existing_case(s, existing) for s in sources]
+    imported = {} if existing is None else cases_by_image(existing)
+    cases = [None if existing is None else existing_case(s, existing, root, imported) for s in sources]
+    _refuse_doubled_cases(sources, cases)
     new = [(s.file, info) for s, info, case in zip(sources, infos, cases, strict=True) if case is None]
     notes: list[str] = []
     if existing is None:

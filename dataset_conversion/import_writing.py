@@ -10,7 +10,7 @@ import re
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -177,17 +177,21 @@ def case_names(images: Sequence[SourceImage], root: Path, taken: Iterable[str] =
         for index in members:
             name = wishes[index]
             if len(members) > 1:
-                try:
-                    folders = images[index].file.parent.relative_to(root).parts
-                except ValueError:
-                    folders = ()
-                name = fit_name("_".join((*folders, name)))
+                name = _with_folders(images[index], name, root)
             unique, number = name, 2
             while unique.lower() in used:
                 unique, number = f"{name[: MAX_NAME - 8]}_{number}", number + 1
             used.add(unique.lower())
             names[index] = unique
     return names
+
+
+def _with_folders(image: SourceImage, name: str, root: Path) -> str:
+    try:
+        folders = image.file.parent.relative_to(root).parts
+    except ValueError:
+        folders = ()
+    return fit_name("_".join((*folders, name)))
 
 
 def fit_name(text: str) -> str:
@@ -198,18 +202,44 @@ def fit_name(text: str) -> str:
     return text or "image"
 
 
-def existing_case(image: SourceImage, dataset: raw_dataset.RawDataset) -> raw_dataset.RawCase | None:
+def cases_by_image(dataset: raw_dataset.RawDataset) -> dict[Path, str]:
+    """The case that each image file became, as the dataset's list of imports has it."""
+    file = dataset.folder / HISTORY
+    history = raw_dataset.read_json(file) if file.is_file() else {}
+    found: dict[Path, str] = {}
+    for entry in history.get("imports") or ():
+        cases = entry.get("cases") if isinstance(entry, dict) else None
+        for case, said in cases.items() if isinstance(cases, dict) else ():
+            if isinstance(said, dict) and isinstance(said.get("image"), str):
+                found[Path(said["image"]).resolve()] = case
+    return found
+
+
+def existing_case(
+    image: SourceImage, dataset: raw_dataset.RawDataset, root: Path, imported: Mapping[Path, str]
+) -> raw_dataset.RawCase | None:
     """The case of a dataset that an annotated image is.
 
     A file called as nnU-Net calls the case's images (case_0000) is that case, whatever it looks like: people annotate a
-    JPEG of a volume's slice or of a 16-bit image. A file called like the case alone ("1.png") must show the same.
+    JPEG of a volume's slice or of a 16-bit image. A file that was imported as the case, or that is called like the case
+    alone ("1.png"), as it is or as case_names() would call it, must show the same.
+
+    Args:
+        image: the image. dataset: the dataset.
+        root: the folder of the images.
+        imported: what cases_by_image() said.
     """
     stem = stem_of(image.file)
     for path in dataset.cases[stem[:-5]].images if re.search(r"_\d{4}$", stem) and stem[:-5] in dataset.cases else ():
         if stem == stem_of(path):
             return dataset.cases[stem[:-5]]
-    case = dataset.cases.get(stem)
-    return case if case is not None and same_voxels(image.file, case.images[0], image.embedded) else None
+    wishes = [stem, fit_name(stem), fit_name(image.name), _with_folders(image, fit_name(image.name), root)]
+    wishes += [wish[: -len("_0000")] for wish in wishes if wish.endswith("_0000")]
+    for name in dict.fromkeys((imported.get(image.file.resolve(), ""), *wishes)):
+        case = dataset.cases.get(name)
+        if case is not None and same_voxels(image.file, case.images[0], image.embedded):
+            return case
+    return None
 
 
 def copy_dataset(source: Path, target: Path) -> None:

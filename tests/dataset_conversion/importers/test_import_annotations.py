@@ -362,6 +362,44 @@ def test_add_takes_an_image_for_a_case_only_if_it_shows_the_same(make_dataset, c
     assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 7
 
 
+@pytest.mark.parametrize("history", [True, False])
+def test_add_knows_images_again_whose_cases_had_to_be_called_otherwise(tmp_path, nnunet, call, history):
+    names = ["cell 1.png", "sub/x.png", "sub2/x.png", "é?/x.png"]
+    for number, name in enumerate(names):
+        save_picture(tmp_path / "i" / name, painted()[0] + np.uint8(number))
+    if history:
+        names += ["_/x.png"]  # becomes x_2, beside the fourth, which becomes x
+        save_picture(tmp_path / "i" / names[-1], painted()[0] + np.uint8(9))
+    points = "".join(f"{name},5,6,cell\n" for name in names)
+    boxes = "".join(f"{name},{number},3,9,10,cell\n" for number, name in enumerate(names))
+    (tmp_path / "p.csv").write_text("image,x,y,label\n" + points)
+    (tmp_path / "b.csv").write_text("image,xmin,ymin,xmax,ymax,label\n" + boxes)
+    common = ("-d", 1, "--images", tmp_path / "i")
+    assert call(import_annotations, "csv", tmp_path / "p.csv", *common, "--name", "X") == 0
+    folder = nnunet / "Dataset001_X"
+    before = {path.name: path.read_bytes() for path in (folder / "imagesTr").iterdir()}
+    assert {"cell_1_0000.png", "sub_x_0000.png", "sub2_x_0000.png"} < set(before) and len(before) == len(names)
+    if not history:
+        (folder / "nnunet_dsp_imports.json").unlink()
+    assert call(import_annotations, "csv", tmp_path / "b.csv", *common, "--add", "--overwrite") == 0
+    assert {path.name: path.read_bytes() for path in (folder / "imagesTr").iterdir()} == before
+    history = json.loads((folder / "nnunet_dsp_imports.json").read_text())["imports"][-1]["cases"]
+    for case, said in history.items():
+        name = os.path.relpath(said["image"], tmp_path / "i")
+        assert before[f"{case}_0000.png"] == (tmp_path / "i" / name).read_bytes()
+        assert read_annotations(folder / "annotationsTr" / f"{case}.json").boxes[0].start == (3, names.index(name))
+
+
+def test_add_refuses_two_images_that_are_one_case(make_dataset, call, tmp_path):
+    folder, _ = make_dataset(101, cases=2)
+    for part in ("p", "q"):
+        (tmp_path / "i" / part).mkdir(parents=True)
+        shutil.copy(folder / "imagesTr" / "case_01_0000.png", tmp_path / "i" / part / "case_01.png")
+    (tmp_path / "t.csv").write_text("image,x,y,label\np/case_01.png,5,6,synapse\nq/case_01.png,5,6,synapse\n")
+    with pytest.raises(AnnotationError, match=r"q/case_01\.png and .*p/case_01\.png are both the case 'case_01'"):
+        call(import_annotations, "csv", tmp_path / "t.csv", "-d", 101, "--images", tmp_path / "i", "--add")
+
+
 def test_add_refuses_a_second_mask_and_another_kind_of_image(make_dataset, call, tmp_path):
     folder, masks = make_dataset(101)
     (tmp_path / "masks").mkdir()
