@@ -142,7 +142,10 @@ def to_coco(cases: Sequence[ExportedCase], labels: LabelNames, ignore: int | Non
             own.setdefault("boxes", [])  # LVIS means that all boxes of such an image are complete; here that is said
         if case.label is not None and (ignore is None or bool((case.label != ignore).any())):
             entries += _coco_masks(case.label, labels, ignore)
-            if ignore is None or not bool((case.label == ignore).any()):
+            if ignore is not None and bool((case.label == ignore).any()):
+                if said.mask_labels is not None:  # holds where masks are; the rest is unknown
+                    own["mask_labels"] = [number[name] for name in said.mask_labels if name != BACKGROUND]
+            else:
                 drawn = said.mask_labels if said.mask_labels is not None else labels.names
                 own["drawn"] = [number[name] for name in drawn if name != BACKGROUND]
         if own:

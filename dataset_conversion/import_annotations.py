@@ -496,7 +496,8 @@ def _print_unsaid(
         unsaid.append(f"has every object of a class a point? --complete points={some}")
     if totals["present"] and not totals["absent"] and not claims.tags:
         unsaid.append(f"is a class absent where it is not tagged? --complete tags={some}")
-    if totals["regions"] and claims.mask_labels is None and not any(job.source.drawn is not None for job in plan.jobs):
+    stated = any(job.source.drawn is not None or job.source.mask_labels is not None for job in plan.jobs)
+    if totals["regions"] and claims.mask_labels is None and not stated:
         unsaid.append(f"do the regions show every object? Else nothing is known outside of them: --mask-labels {some}")
     unmarked = sum(not said.marked for said in results)
     if unmarked and not args.negatives and (claims.boxes or claims.points or claims.tags or claims.mask_labels):

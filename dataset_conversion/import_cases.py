@@ -426,8 +426,10 @@ class _Case:
         """The label map, its mask_labels, and the classes in it."""
         options, names = self.options, self.options.names
         claimed = options.claims.mask_labels
-        if claimed is None and self.image.drawn is not None:
-            claimed = tuple(c for c in map(options.target.get, self.image.drawn) if c is not None)
+        within = claimed is None and self.image.drawn is None  # what lies outside of the masks stays unknown
+        stated_labels = self.image.mask_labels if within else self.image.drawn
+        if claimed is None and stated_labels is not None:
+            claimed = tuple(c for c in map(options.target.get, stated_labels) if c is not None)
         has_area = self.has_area or bool(self.bases)
         if not has_area and not self.lines:
             stated = self.image.drawn is not None and options.claims.mask_labels is None
@@ -454,11 +456,13 @@ class _Case:
         fill = options.ignore
         if claimed is not None and (has_area or not self.lines):
             unclaimed = sorted((drawn | (self.missing["masks"] if not self.bases else set())) - {*claimed, BACKGROUND})
-            if unclaimed and self.bases:
+            if within:
+                mask_labels = None if {*claimed} >= {*names.names} - {BACKGROUND} else tuple(claimed)
+            elif unclaimed and self.bases:
                 self.fail(
                     "", f"the label image holds {unclaimed[0]!r}, which --mask-labels does not name", "Name it too."
                 )
-            if unclaimed or set(claimed) & self.missing["masks"]:
+            elif unclaimed or set(claimed) & self.missing["masks"]:
                 culprit = (unclaimed or sorted(set(claimed) & self.missing["masks"]))[0]
                 self.note(
                     f"not every {culprit!r} of these images is known to be drawn: what is outside of their masks stays "

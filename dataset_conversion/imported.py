@@ -152,6 +152,7 @@ class SourceImage:
         classes: the format's own list of classes in its order, the same in each image; () where it has none.
         incomplete: classes of which marks were left out by the importer (see `notes`): --complete does not hold for
             them in this image. `drawn`: the classes of which the format itself says that masks show every object.
+        mask_labels: the same, but only where masks are, those of the background among them: the rest is unknown.
         embedded: the bytes of an image file (PNG, JPEG, ...) that the annotation file carries; used if not None.
     """
 
@@ -166,6 +167,7 @@ class SourceImage:
     embedded: bytes | None = None
     incomplete: tuple[str, ...] = ()
     drawn: tuple[str, ...] | None = None
+    mask_labels: tuple[str, ...] | None = None
 
 
 class Importer(Protocol):

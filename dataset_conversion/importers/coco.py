@@ -266,7 +266,8 @@ class _Image:
         return True
 
     def source_image(self) -> SourceImage:
-        complete, drawn = self._claims()
+        complete = self._claims()
+        own = self._own(self.image, self.entry)
         name = stem_of(self.path)
         return SourceImage(
             file=self.path,
@@ -278,10 +279,11 @@ class _Image:
             notes=tuple(self.notes),
             classes=tuple(self.file.names.values()),
             incomplete=tuple(sorted(self.incomplete)),
-            drawn=drawn,
+            drawn=self._names("drawn", own) if "drawn" in own else None,
+            mask_labels=self._names("mask_labels", own) if "mask_labels" in own else None,
         )
 
-    def _claims(self) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...] | None]:
+    def _claims(self) -> dict[str, tuple[str, ...]]:
         """What the file says of whole classes: LVIS's lists, and those that nnunet_dsp export writes."""
         complete: dict[str, tuple[str, ...]] = {}
         if "neg_category_ids" in self.image or "not_exhaustive_category_ids" in self.image:
@@ -294,7 +296,7 @@ class _Image:
         for key in ("boxes", "points"):
             if key in own:
                 complete[key] = self._names(key, own)
-        return complete, self._names("drawn", own) if "drawn" in own else None
+        return complete
 
     def _names(self, key: str, item: Mapping[str, Any]) -> tuple[str, ...]:
         numbers = item.get(key) or []

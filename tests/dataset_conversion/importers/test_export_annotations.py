@@ -130,12 +130,12 @@ def vars_of(said):
 @EXAMPLES
 @given(mask=masks(SHAPE), complete=st.booleans(), drawn=st.lists(NAMES, unique=True))
 def test_masks_come_back_through_coco(folder, mask, complete, drawn):
-    if complete:  # no voxel is unknown, and a partial mask holds only what was drawn
+    if complete:  # no voxel is unknown
         mask[mask == 4] = 0
-        for value, name in enumerate(CLASSES, start=1):
-            if drawn and name not in drawn:
-                mask[mask == value] = 0
-    said = Annotations(shape=SHAPE, mask_labels=tuple(drawn) if complete and drawn else None)
+    for value, name in enumerate(CLASSES, start=1):
+        if drawn and name not in drawn:  # a mask of some classes holds only these
+            mask[mask == value] = 0
+    said = Annotations(shape=SHAPE, mask_labels=tuple(drawn) or None)
     text = to_coco([ExportedCase("a", "a.png", SHAPE, said, mask)], LABELS, 4)
     found = back(coco, text, folder, SHAPE, "c.json")
     if (mask == 4).all():
