@@ -135,7 +135,7 @@ class ImageFolder:
         last = parts[-1]
         called = self._by_name.get(last.lower(), [])
         exact = [path for path in called if path.name == last]
-        choices = (exact, called, self._by_stem.get(stem_of(last).lower(), []))
+        choices = (exact, called, *(self._by_stem.get(stem.lower(), []) for stem in (last, stem_of(last))))
         elsewhere = next((paths for paths in choices if paths), [])
         absolute = re.match(r"[/\\]|[A-Za-z]:", str(name)) is not None
         agreeing = ([path for path in paths if self._may_be(path, parts[:-1], absolute)] for paths in choices)

@@ -68,7 +68,12 @@ def read(src: Path, args: argparse.Namespace, images: ImageFolder) -> Iterator[S
 
 
 def _is_coco(content: Any) -> bool:
-    return isinstance(content, dict) and isinstance(content.get("images"), list) and "categories" in content
+    """Whether two of COCO's three lists are there; the one that lacks is then named, not the file passed over."""
+    if not isinstance(content, dict):
+        return False
+    if isinstance(content.get("images"), list):
+        return "categories" in content or "annotations" in content
+    return all(isinstance(content.get(key), list) for key in ("annotations", "categories"))
 
 
 class _File:

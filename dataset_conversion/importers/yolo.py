@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ EXAMPLE = "nnunet_dsp import yolo cells_yolo/ -d 510 --complete boxes=all"
 
 MAX_LINE_NUMBERS = 200_000
 NAME_FILES = ("classes.txt", "obj.names", "names.txt", "classes.names", "_darknet.labels", "labels.txt")
+LABEL_LINE = re.compile(r"\s*\d{1,6}(\s+[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?){4,}\s*$")
 FARTHEST = 2.0  # fractions beyond this are pixels
 
 
@@ -69,15 +71,20 @@ def read(src: Path, args: argparse.Namespace, images: ImageFolder) -> Iterator[S
         )
     names, keypoints = _class_names(table)
     labels = [src] if src.is_file() and src.suffix.lower() == ".txt" else _label_files(folder)
-    found = False
-    for file in labels:
-        image = _image_of(file, folder, images)
-        if image is None:
-            continue
-        found = True
-        yield _Lines(file, image, images, names, keypoints, args.oriented).source_image()
-    if not found:
+    pairs = [(file, _image_of(file, folder, images)) for file in labels]
+    lost = [file for file, image in pairs if image is None and _looks_like_labels(file)]
+    if lost:
+        fail(
+            lost[0],
+            "",
+            f"{len(lost)} label file(s) with objects belong to no image in {images.root}",
+            "Label files are called like their images. Name the images' folder (--images DIR), or move these files.",
+        )
+    if all(image is None for _, image in pairs):
         fail(src, "", "no text file in this folder belongs to an image", "Label files are called like their images.")
+    for file, image in pairs:
+        if image is not None:
+            yield _Lines(file, image, images, names, keypoints, args.oriented).source_image()
 
 
 def _names_file(src: Path, images: ImageFolder) -> Path | None:
@@ -161,6 +168,15 @@ def _image_of(file: Path, src: Path, images: ImageFolder) -> Path | None:
         if where is None and "there is no image" in str(error):
             return None  # a text file of another kind: train.txt, a README
         raise
+
+
+def _looks_like_labels(file: Path) -> bool:
+    """Whether a line is a class number and at least four numbers, as in no other text file of a data set."""
+    try:
+        lines = text_of(file).split("\n")
+    except AnnotationError:
+        return False
+    return any(LABEL_LINE.match(line) for line in lines)
 
 
 class _Lines:

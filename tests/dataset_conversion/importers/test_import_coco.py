@@ -195,3 +195,15 @@ def test_no_image_outside_of_the_folder_is_read(export, tmp_path):
     for name in ("../outside.png", str(tmp_path.parent / "outside.png"), "..\\outside.png"):
         with pytest.raises(AnnotationError, match=r"images\[0\]: there is no image"):
             export(file_name=name)
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+def test_a_file_of_a_folder_that_lacks_one_of_the_lists_is_named_not_passed_over(tmp_path, key):
+    for part in "ab":
+        save_picture(tmp_path / f"{part}.png")
+        content = {"images": [{"id": 1, "file_name": f"{part}.png"}], "annotations": [], "categories": CATEGORIES}
+        if part == "b":
+            del content[key]
+        (tmp_path / f"{part}.json").write_text(json.dumps(content))
+    with pytest.raises(AnnotationError, match=rf'b\.json: expected a list "{key}", but got null'):
+        read(coco, tmp_path)

@@ -69,6 +69,21 @@ def test_an_empty_yolo_file_is_an_image_without_objects_and_the_file_may_lie_bes
     assert image.marks == () and image.file == tmp_path / "a.png"
 
 
+def test_label_files_without_an_image_are_counted_not_passed_over(tmp_path):
+    save_picture(tmp_path / "a.png")
+    save_picture(tmp_path / "s.tif.png")
+    (tmp_path / "classes.txt").write_text("vessel\ncell\n")
+    for name in ("a", "b", "c", "s.tif"):
+        (tmp_path / f"{name}.txt").write_text(CELL_BOX + "\n")
+    (tmp_path / "train.txt").write_text("images/a.png\nimages/b.png\n")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(AnnotationError, match=r"b\.txt: 2 label file\(s\) .* belong to no image.*--images DIR"):
+        read(yolo, tmp_path)
+    for name in "bc":
+        (tmp_path / f"{name}.txt").unlink()
+    assert [image.file.name for image in read(yolo, tmp_path)] == ["a.png", "s.tif.png"]
+
+
 def test_a_mask_that_is_called_like_the_image_is_not_taken_for_it(export, tmp_path):
     save_picture(tmp_path / "masks" / "train" / "a.png")
     assert export(CELL_BOX).file.parent.parent.name == "images"
