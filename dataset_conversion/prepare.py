@@ -287,7 +287,7 @@ def _to_preprocessed(
             "everything": "all voxels, for there is no mask, point or box of any foreground",
         }[basis]
         print(f"  Fingerprint {'written' if written else 'up to date'}: foreground intensities are those of {on}.")
-    copied = sync_annotations(dataset.folder, target)
+    copied = sync_annotations(dataset.folder, target, missing_is_empty=True)
     print(f"  {copied} annotation file(s) brought up to date in {target / FOLDER}.")
     _copy_splits(dataset, target)
     for plans in sorted(target.glob("*Plans*.json")):
@@ -316,7 +316,12 @@ def _copy_splits(dataset: RawDataset, target: Path) -> None:
     print(f"  {SPLITS_FILE} with {len(splits)} fold(s) copied to nnUNet_preprocessed.")
 
 
-def sync_annotations(raw_folder: str | os.PathLike[str], preprocessed_folder: str | os.PathLike[str]) -> int:
+def sync_annotations(
+    raw_folder: str | os.PathLike[str],
+    preprocessed_folder: str | os.PathLike[str],
+    *,
+    missing_is_empty: bool = False,
+) -> int:
     """Bring the annotation files of nnUNet_preprocessed up to date with those of nnUNet_raw.
 
     New and changed files are copied, vanished ones removed, each atomically. Where `raw_folder` has no annotationsTr
@@ -325,12 +330,13 @@ def sync_annotations(raw_folder: str | os.PathLike[str], preprocessed_folder: st
     Args:
         raw_folder: nnUNet_raw/DatasetXXX_Name; need not exist.
         preprocessed_folder: nnUNet_preprocessed/DatasetXXX_Name.
+        missing_is_empty: `raw_folder` is all there, so that without annotationsTr there are no annotations (any more).
 
     Returns:
         How many files were copied or removed.
     """
     source, target = Path(raw_folder) / FOLDER, Path(preprocessed_folder) / FOLDER
-    if not source.is_dir():
+    if not source.is_dir() and not missing_is_empty:
         return 0
     files = {p.name: p for p in source.glob("*.json") if not p.name.startswith(".")}
     if not files and not target.is_dir():

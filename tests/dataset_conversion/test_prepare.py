@@ -1,6 +1,7 @@
 """`nnunet_dsp prepare`: what it mends, what it refuses, what it says, and what it leaves alone."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -162,6 +163,16 @@ def test_plans_from_a_contaminated_fingerprint_are_pointed_out(own_data, call, c
     (preprocessed(own_data) / "nnUNetPlans.json").write_text(json.dumps(plans))
     assert call(prepare, "-d", 101) == 0
     assert "nnUNetPlans.json was made from another fingerprint" in capsys.readouterr().out
+
+
+def test_annotations_that_were_deleted_with_their_folder_are_not_kept(own_data, call, capsys):
+    assert call(prepare, "-d", 101) == 0
+    copies = preprocessed(own_data) / "annotationsTr"
+    number = len(list(copies.iterdir()))
+    shutil.rmtree(own_data / "annotationsTr")
+    capsys.readouterr()
+    assert number and call(prepare, "-d", 101) == 0 and not list(copies.iterdir())
+    assert f"{number} annotation file(s) brought up to date" in capsys.readouterr().out
 
 
 def test_annotations_are_kept_in_step(tmp_path):
