@@ -69,11 +69,13 @@ class ImageFolder:
     """The images that annotations may name: those of one folder and its subfolders, and nothing outside of it.
 
     shown: annotations count pixels as viewers show images with an EXIF orientation, which decides what shape() says.
+    label_images: the files in it that an importer read as annotations, so that they are no images to train on.
     """
 
     def __init__(self, root: Path, *, shown: bool = False) -> None:
         self.root = root
         self.shown = shown
+        self.label_images: set[Path] = set()
         self._files: list[Path] | None = None
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}

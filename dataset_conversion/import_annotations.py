@@ -214,7 +214,7 @@ def make_plan(args: argparse.Namespace, module: ModuleType) -> Plan:
     sources = list(tqdm(module.read(args.source, args, images), desc="Reading annotations", unit=" images", delay=3))
     _refuse_doubles(sources)
     if args.unlabelled:
-        mentioned = {image.file.resolve() for image in sources}
+        mentioned = {image.file.resolve() for image in sources} | images.label_images
         sources += [
             SourceImage(path, stem_of(path), (), "")
             for path in images.files()

@@ -102,6 +102,7 @@ def read(src: Path, args: argparse.Namespace, images: ImageFolder) -> Iterator[S
         if image is None:
             continue
         found = True
+        images.label_images.add(file.resolve())
         if table is None:
             raise _unsaid_values(file)
         numbers = {name: number for number, name in enumerate((BACKGROUND, *table.names))}

@@ -118,6 +118,19 @@ def volume(path, array, spacing=(0.5, 0.6, 2.0), origin=(1, 2, 3)):
     SimpleITK.WriteImage(image, str(path))
 
 
+@pytest.mark.parametrize("mask", ["a_mask.png", "masks/a.png"])
+def test_label_images_are_no_unlabelled_images(tmp_path, nnunet, call, mask):
+    for name in ("a", "b"):
+        save_picture(tmp_path / "d" / f"{name}.png")
+    save_picture(tmp_path / "d" / mask, painted()[1]["cell"].astype(np.uint8))
+    options = () if "/" not in mask else ("--images", tmp_path / "d")
+    source = tmp_path / "d" / "masks" if options else tmp_path / "d"
+    arguments = ("labels", source, "-d", 1, "--name", "L", "--values", "1=cell", "--unlabelled", *options)
+    assert call(import_annotations, *arguments) == 0
+    names = sorted(path.name for path in (nnunet / "Dataset001_L" / "imagesTr").iterdir())
+    assert names == ["a_0000.png", "b_0000.png"]
+
+
 def test_label_volumes_keep_their_place_and_one_that_lies_elsewhere_is_refused(tmp_path, nnunet, call):
     random = np.random.default_rng(0)
     drawn = random.integers(0, 3, (5, 6, 7)).astype(np.uint8)
