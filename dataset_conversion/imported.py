@@ -44,6 +44,7 @@ __all__ = [
     "Tag",
     "fail",
     "finite",
+    "identifier",
     "read_json_bounded",
     "resolve_inside",
     "text_of",
@@ -340,6 +341,15 @@ def whole_number(value: Any, source: str | os.PathLike[str], entry: str) -> int:
     if not number.is_integer():
         fail(source, entry, f"expected a whole number, but got {number:g}")
     return int(number)
+
+
+def identifier(value: Any, source: str | os.PathLike[str], entry: str) -> int:
+    """Like whole_number(), of any size: a number that tells things apart, such as a date with the time of day."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and len(value) <= 100 and value.strip().isdecimal():
+        return int(value)
+    return whole_number(value, source, entry)
 
 
 def points_of(values: Sequence[Any], source: str | os.PathLike[str], entry: str) -> list[tuple[float, float]]:

@@ -26,6 +26,7 @@ from nnunet_dsp.dataset_conversion.imported import (
     Tag,
     fail,
     finite,
+    identifier,
     points_of,
     read_json_bounded,
     whole_number,
@@ -89,7 +90,7 @@ class _File:
         self.keypoints: dict[int, int] = {}
         for index, category in enumerate(self._list(content, "categories")):
             entry = f"categories[{index}]"
-            number = whole_number(self._need(category, "id", entry), file, f"{entry}.id")
+            number = identifier(self._need(category, "id", entry), file, f"{entry}.id")
             name = self._need(category, "name", entry)
             if not isinstance(name, str) or not name.strip():
                 fail(file, f"{entry}.name", f"expected the name of a class, but got {show(name)}")
@@ -117,14 +118,14 @@ class _File:
         index_of: dict[int, int] = {}
         for index, image in enumerate(self.listed):
             entry = f"images[{index}]"
-            number = whole_number(self._need(image, "id", entry), self.file, f"{entry}.id")
+            number = identifier(self._need(image, "id", entry), self.file, f"{entry}.id")
             if number in index_of:
                 fail(self.file, entry, f"the id {number} is also that of images[{index_of[number]}]")
             index_of[number] = index
         marks: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in self.listed]
         for index, annotation in enumerate(self.annotations):
             entry = f"annotations[{index}]"
-            number = whole_number(self._need(annotation, "image_id", entry), self.file, f"{entry}.image_id")
+            number = identifier(self._need(annotation, "image_id", entry), self.file, f"{entry}.image_id")
             if number not in index_of:
                 fail(self.file, entry, f"there is no image with the id {number}")
             marks[index_of[number]].append((index, annotation))
@@ -153,7 +154,7 @@ class _File:
         return one.source_image()
 
     def category(self, value: Any, entry: str) -> tuple[int, str]:
-        number = whole_number(value, self.file, entry)
+        number = identifier(value, self.file, entry)
         if number not in self.names:
             fail(self.file, entry, f"there is no category with the id {number}")
         return number, self.names[number]

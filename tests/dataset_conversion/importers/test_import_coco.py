@@ -207,3 +207,16 @@ def test_a_file_of_a_folder_that_lacks_one_of_the_lists_is_named_not_passed_over
         (tmp_path / f"{part}.json").write_text(json.dumps(content))
     with pytest.raises(AnnotationError, match=rf'b\.json: expected a list "{key}", but got null'):
         read(coco, tmp_path)
+
+
+@pytest.mark.parametrize("number", [2**31, 20240501123456, 10**30, "20240501123456"])
+def test_ids_may_have_any_size(tmp_path, number):
+    save_picture(tmp_path / "a.png")
+    content = {
+        "images": [{"id": number, "file_name": "a.png"}],
+        "annotations": [{"id": number, "image_id": number, "category_id": number, "bbox": CELL_BOX}],
+        "categories": [{"id": number, "name": "cell"}],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    (image,) = read(coco, tmp_path / "c.json")
+    assert [mark.label for mark in image.marks] == ["cell"]
