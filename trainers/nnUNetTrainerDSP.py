@@ -175,7 +175,7 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
             return training, validation
         masked_validation = [case for case in validation if case not in set(weak)]
         training = [*dict.fromkeys([*training, *weak])]
-        self._refuse_fold_without_masks(training, masked_validation, weak)
+        self._warn_of_fold_without_masks(training, masked_validation, weak)
         if not masked_validation:
             masked_validation = [case for case in training if case not in set(weak)]
             if masked_validation:
@@ -191,13 +191,14 @@ class nnUNetTrainerDSP(LossTerms, nnUNetTrainer):
         )
         return training, masked_validation
 
-    def _refuse_fold_without_masks(self, training: list[str], validation: list[str], weak: list[str]) -> None:
-        """A training on weak cases alone confirms its own errors; where there are masks, nobody means it."""
+    def _warn_of_fold_without_masks(self, training: list[str], validation: list[str], weak: list[str]) -> None:
+        """A training on weak cases alone may be meant; it is not where nnU-Net's own trainer made the split."""
         if validation and set(training) <= set(weak):
-            raise ValueError(
-                f"Fold {self.fold} of {Path(self.preprocessed_dataset_folder_base) / 'splits_final.json'} validates on "
-                f"all cases with masks ({', '.join(validation[:5])}) and leaves none to train on. Remove the file, and "
-                "a split of the masked cases is made, or train another fold, or `all`."
+            self.print_to_log_file(
+                f"WARNING: fold {self.fold} of {Path(self.preprocessed_dataset_folder_base) / 'splits_final.json'} "
+                f"validates on all cases with masks ({', '.join(validation[:5])}) and leaves none to train on. If you "
+                "did not mean that, remove the file, and a split of the masked cases is made, or train another fold, "
+                "or `all`."
             )
 
     def _make_split_file(self, masked: list[str], weak: list[str]) -> None:

@@ -125,11 +125,13 @@ def test_weak_cases_train_in_every_fold_and_validate_in_none(tiny, existing):
         assert all(set(split["train"]) >= WEAK for split in json.loads(file.read_text()))
 
 
-def test_a_split_that_leaves_no_mask_to_train_on_is_refused(tiny):
-    masked = [f"masked_{n}" for n in range(4)]
-    (tiny.base / "splits_final.json").write_text(json.dumps([{"train": [], "val": [*masked, "weak_0"]}]))
-    with pytest.raises(ValueError, match=r"splits_final.json validates on all cases with masks \(masked_0, masked_1"):
-        tiny.trainer(nnUNetTrainerDSP).do_split()
+@pytest.mark.parametrize("left", [[], ["masked_3"]])
+def test_a_split_that_leaves_no_mask_to_train_on_is_warned_of(tiny, left):
+    validated = [case for case in (f"masked_{n}" for n in range(4)) if case not in left]
+    (tiny.base / "splits_final.json").write_text(json.dumps([{"train": left, "val": [*validated, "weak_0"]}]))
+    assert tiny.trainer(nnUNetTrainerDSP).do_split()[1] == validated
+    log = "".join(path.read_text() for path in (tiny.base.parents[1] / "results").rglob("training_log*.txt"))
+    assert ("validates on all cases with masks (masked_0, masked_1" in log) == (not left)
 
 
 def test_fold_all_trains_on_everything_and_validates_on_the_masked_cases(tiny):
