@@ -32,7 +32,7 @@ class DSPSettings:
             there; "all": every pseudo-label counts.
         pseudo_label_warmup: share of the training, in [0, 1], whose batches hold masked cases only, if there are any;
             pseudo-labels and the marginal cross entropy are used after it. Without any masked case, the marginal cross
-            entropy is used from the start.
+            entropy is used from the start; so it is where masks of some classes (`mask_labels`) leave voxels blank.
         marginal_weight: weight of the marginal cross entropy: where there is neither a mask nor a pseudo-label that
             counts, the classes that tags, complete boxes, points and partial masks rule out share no probability.
             0 switches it off.
