@@ -115,7 +115,8 @@ def merge(
     return label, Counts(int(known.sum()), predicted_voxels, int(unsure.sum()))
 
 
-def _make_label(job: _Job) -> tuple[str, Counts]:
+def _read_annotated(job: _Job) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """A case's label (z, y, x) with its points, where that is annotated (bool), and the file's properties."""
     mask, properties = raw_dataset.read_label(job.reader_writer, job.case.label)
     unknown = sorted(set(np.unique(mask).tolist()) - set(job.labels.values()) - {job.ignore})
     if unknown:
@@ -123,6 +124,11 @@ def _make_label(job: _Job) -> tuple[str, Counts]:
     known = np.ones(mask.shape, bool) if job.ignore is None else mask != job.ignore
     if job.annotations is not None:
         _apply_annotations(job, mask, known)
+    return mask, known, properties
+
+
+def _make_label(job: _Job) -> tuple[str, Counts]:
+    mask, known, properties = _read_annotated(job)
     predicted = confidence = None
     if job.prediction is not None:
         predicted, _ = raw_dataset.read_label(job.reader_writer, job.prediction)
@@ -235,10 +241,6 @@ def _jobs(args: argparse.Namespace, source: RawDataset, folder: Path, new_ignore
         if not case.label.is_file():
             without_label.append(case.name)
             continue
-        if not prediction.is_file() and source.ignore_label is not None:
-            mask, _ = raw_dataset.read_label(reader_writer, case.label)
-            if (mask == source.ignore_label).any() or annotations.is_file():
-                lacking.append(case.name)
         if args.threshold > 0 and prediction.is_file() and not probabilities.is_file():
             without_probabilities.append(case.name)
         jobs.append(
@@ -256,6 +258,9 @@ def _jobs(args: argparse.Namespace, source: RawDataset, folder: Path, new_ignore
                 threshold=args.threshold,
             )
         )
+        silent = source.ignore_label is not None or annotations.is_file()  # else the whole mask counts
+        if not prediction.is_file() and silent and not _read_annotated(jobs[-1])[1].all():
+            lacking.append(case.name)
     if without_label:
         raise ValueError(
             f"{source.folder}: {_some(without_label)} without a label file. Run `nnunet_dsp prepare -d "

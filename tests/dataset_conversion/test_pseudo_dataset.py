@@ -200,9 +200,31 @@ def test_cases_annotated_completely_need_no_prediction(make_dataset, nnunet, cal
     for case, mask in masks.items():
         if case not in whole:
             write(np.zeros_like(mask), predictions / f"{case}.png")
+    said = {"format": "nnunet_dsp.annotations", "version": 1, "image_level": {"absent": ["synapse"]}}
+    (folder / "annotationsTr" / f"{whole[0]}.json").write_text(json.dumps(said))  # says more, takes nothing back
     assert call(pseudo_dataset, "-d", 102, "-i", predictions, "-o", 103) == 0
     for case in whole:
         assert np.array_equal(read(nnunet / "Dataset103_PartPseudo" / "labelsTr" / f"{case}.png"), masks[case])
+
+
+def test_a_mask_of_some_classes_needs_a_prediction_without_an_ignore_label_too(make_dataset, nnunet, call, read):
+    folder, masks = make_dataset(101)
+    predictions = nnunet.parent / "predictions"
+    predictions.mkdir()
+    for case, mask in masks.items():
+        write(np.full_like(mask, 2), predictions / f"{case}.png")
+    (predictions / "case_02.png").unlink()
+    (folder / "annotationsTr").mkdir()
+    said = {"format": "nnunet_dsp.annotations", "version": 1, "mask_labels": ["membrane"]}
+    for case in ("case_02", "case_03"):
+        (folder / "annotationsTr" / f"{case}.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=r"1 case\(s\) \(case_02\) not annotated completely and without a prediction"):
+        call(pseudo_dataset, "-d", 101, "-i", predictions, "-o", 103)
+    (folder / "annotationsTr" / "case_02.json").unlink()
+    assert call(pseudo_dataset, "-d", 101, "-i", predictions, "-o", 103) == 0
+    labels = nnunet / "Dataset103_FullPseudo" / "labelsTr"
+    assert np.array_equal(read(labels / "case_02.png"), masks["case_02"])
+    assert np.array_equal(read(labels / "case_03.png"), np.where(masks["case_03"] == 0, 2, masks["case_03"]))
 
 
 @pytest.mark.parametrize(
