@@ -250,10 +250,10 @@ def _window_sums(mask: npt.NDArray[np.bool_], size: Sequence[int], step: Sequenc
     blocks = [n // s for n, s in zip(mask.shape, step, strict=True)]
     cut = mask[tuple(slice(0, n * s) for n, s in zip(blocks, step, strict=True))]
     cut = cut.reshape(blocks[0], step[0], blocks[1], step[1], blocks[2], step[2])
-    view = tuple(s // d for s, d in zip(size, step, strict=True))
-    sums = cut.sum(axis=(1, 3, 5), dtype=np.int64)
-    result: npt.NDArray[np.int64] = np.lib.stride_tricks.sliding_window_view(sums, view).sum(axis=(-3, -2, -1))
-    return result
+    sums: npt.NDArray[np.int64] = cut.sum(axis=(1, 3, 5), dtype=np.int64)
+    for axis in range(3):  # one after the other: a window of 61 cubed would be 226981 terms a position
+        sums = np.lib.stride_tricks.sliding_window_view(sums, size[axis] // step[axis], axis).sum(axis=-1)
+    return sums
 
 
 def _borders(known: KnownLabels) -> npt.NDArray[np.bool_]:
