@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nnunet_dsp.settings_base import one_of, settings_from_plans, whole_number
+from nnunet_dsp.settings_base import number, one_of, settings_from_plans, whole_number
 
 PROMPT_PLANS_KEY = "nnunet_dsp_prompt"
 
@@ -51,8 +50,9 @@ class PromptSettings:
             whole_number(name, getattr(self, name), 0)
         for name in ("max_windows", "max_keys", "max_keys_prediction"):
             whole_number(name, getattr(self, name), 1)
-        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
-            raise ValueError(f"Expected setting `temperature` to be above 0 and finite, but got {self.temperature!r}.")
+        number("temperature", self.temperature)
+        if self.temperature <= 0:
+            raise ValueError(f"Expected setting `temperature` to be above 0, but got {self.temperature}.")
         if not isinstance(self.one_shot_case, str):
             raise ValueError(f"Expected setting `one_shot_case` to be the name of a case, got {self.one_shot_case!r}.")
 

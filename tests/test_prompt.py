@@ -401,6 +401,8 @@ def test_settings_come_from_the_plans_over_the_trainers_own():
     [
         ({"temprature": 1}, "Unknown setting `temprature`.*Did you mean `temperature`"),
         ({"temperature": 0}, "`temperature` to be above 0"),
+        ({"temperature": float("inf")}, "`temperature` to be a finite number"),
+        ({"temperature": True}, "`temperature` to be a finite number, but got True"),
         ({"similarity": "cos"}, "one of cosine, dot, but got 'cos'"),
         ({"window": 1.5}, "`window` to be a whole number of at least 0, but got 1.5"),
         ({"max_keys": 0}, "`max_keys` to be a whole number of at least 1"),
