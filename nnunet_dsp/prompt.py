@@ -23,6 +23,9 @@ from nnunet_dsp.similarity import KeyGroup, at_least_float32, class_log_sums, cl
 FLOOR = 1e-6
 """Probability of a class that the prompt does not show, and the least that a region's complement can have."""
 
+LOWEST_IN_PREDICTION = -500.0
+"""nnU-Net adds up ten times what the network returns in half precision, which ends at 65504."""
+
 NOT_A_KEY = -1
 GROUPS_ON_CPU = 8
 """The exponentials of all voxels with 1024 keys take longer than a small network; an eighth of them is affordable."""
@@ -260,7 +263,9 @@ class PromptNetwork(nn.Module):
                     shown = log_out
                     log_out = shown.new_full((shown.shape[0], self.num_outputs, shown.shape[2]), math.log(FLOOR))
                     log_out[:, keys.classes] = shown
-            if settings.variant == "released" and self.training:
+            if not self.training:
+                log_out = log_out.clamp_min(LOWEST_IN_PREDICTION)
+            elif settings.variant == "released":
                 log_out = log_out.exp()
             return log_out.unflatten(2, embeddings.shape[2:])
 

@@ -119,6 +119,20 @@ def test_a_prompt_named_in_dataset_json_is_taken_and_the_raw_dataset_counts(tiny
         make(tiny).on_train_start()
 
 
+def test_large_similarities_leave_nnunets_prediction_finite(tiny):
+    trainer = make(tiny, settings={"similarity": "dot", "temperature": 0.001})
+    trainer.on_train_start()
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+    described = (trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json)
+    predictor.manual_initialization(trainer.network, *described, type(trainer).__name__, (0, 1))
+    image = torch.randn(1, 1, 24, 24)
+    with torch.no_grad():
+        predicted = predictor.predict_sliding_window_return_logits(image)
+        votes = trainer.network.eval()(image[:, :, :16, :16])
+    assert torch.isfinite(predicted).all()
+    torch.testing.assert_close(votes.exp().sum(1), torch.ones(1, 16, 16))
+
+
 def test_points_of_a_case_without_mask_can_be_the_prompt(tiny):
     tiny.dataset_json["prompt"] = {"case": "weak_0"}
     trainer = make(tiny, settings={"window": 0})
