@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nnunet_dsp.annotations import LabelNames
+from nnunet_dsp.dataset_conversion.raw_dataset import read_json
 from nnunet_dsp.geometry import CaseFrame
 from nnunet_dsp.patch_annotations import CaseAnnotations
 from nnunet_dsp.prompt_choice import (
@@ -186,6 +187,9 @@ def requests_of(trainer: Any) -> list[PromptRequest]:
     """The prompts that dataset.json names, for one of nnU-Net's trainers whose dataset_class is known.
 
     The raw dataset's dataset.json counts, where there is one: preprocessing keeps an older copy.
+
+    Raises:
+        ValueError: that file is no JSON object, or its prompts cannot be (AnnotationError).
     """
     from nnunetv2.paths import nnUNet_raw
 
@@ -194,7 +198,7 @@ def requests_of(trainer: Any) -> list[PromptRequest]:
     if nnUNet_raw.is_set():
         file = Path(nnUNet_raw) / trainer.plans_manager.dataset_name / "dataset.json"
         if file.is_file():
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file)
     return read_requests(content, cases)
 
 

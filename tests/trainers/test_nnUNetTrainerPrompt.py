@@ -119,6 +119,14 @@ def test_a_prompt_named_in_dataset_json_is_taken_and_the_raw_dataset_counts(tiny
         make(tiny).on_train_start()
 
 
+def test_a_dataset_json_that_is_no_json_is_named(tiny):
+    raw = tiny.base.parents[1] / "raw" / tiny.base.name
+    raw.mkdir()
+    (raw / "dataset.json").write_text(json.dumps(tiny.dataset_json)[:-1] + ' "prompt": {"case": "masked_2"}}')
+    with pytest.raises(ValueError, match=r"raw.Dataset001_Tiny.dataset\.json is not valid JSON: Expecting"):
+        make(tiny).on_train_start()
+
+
 def test_large_similarities_leave_nnunets_prediction_finite(tiny):
     trainer = make(tiny, settings={"similarity": "dot", "temperature": 0.001})
     trainer.on_train_start()
