@@ -24,7 +24,7 @@ from nnunet_dsp.instances.network import CRACNetwork
 
 Slices = tuple[slice, ...]
 DEFAULT_BLOCK_VOXELS = 8_000_000  # at about 0.6 kB a voxel: 5 GB
-JOINED_SHARE = 0.5  # of the smaller one's voxels in the overlap of two blocks that two pieces of one object share
+JOINED_SHARE = 0.5  # of the smaller one's voxels near the border of two blocks that two pieces of one object share
 
 
 @dataclass(frozen=True)
@@ -238,36 +238,42 @@ def split_blocks(shape: Sequence[int], most_voxels: int, halo: Sequence[int]) ->
 class Stitcher:
     """Joins blocks' labels into a volume's.
 
-    Each block's core is written; what a block's halo shows of its neighbours' cores tells which pieces are one object:
-    those that share at least half of the voxels that the smaller one has there.
+    Each block's core is written. What two blocks show on both sides of their common border, up to half of the halo,
+    tells which pieces are one object: those that share at least half of the voxels that the smaller one has there.
+    On one side alone an object that reaches a voxel across would be one with whatever the other block has there.
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
         self._written = np.zeros(tuple(shape), np.int64)
-        self._done = np.zeros(tuple(shape), np.bool_)
+        self._near: list[tuple[Slices, npt.NDArray[np.int64]]] = []  # labels of blocks that others may touch yet
         self._parent = np.arange(1, dtype=np.int64)
 
     def add(self, block: Block, found: Labels) -> None:
-        """One block's labels, over its `outer` part."""
+        """One block's labels, over its `outer` part; blocks come in the order of split_blocks()."""
         first = len(self._parent) - 1
         mine = np.where(found > 0, found.astype(np.int64) + first, 0)
         highest = int(found.max(initial=0))
         self._parent = np.concatenate([self._parent, np.arange(first + 1, first + highest + 1)])
-        seen = self._done[block.outer]
-        theirs = self._written[block.outer][seen]
-        here = mine[seen]
+        near = tuple(
+            slice((o.start + c.start) // 2, (c.stop + o.stop + 1) // 2)
+            for c, o in zip(block.core, block.outer, strict=True)
+        )
+        self._near = [(where, theirs) for where, theirs in self._near if where[0].stop > near[0].start]
+        for where, theirs in self._near:
+            shared = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(where, near, strict=True))
+            if all(s.start < s.stop for s in shared):
+                self._join_alike(theirs[_within(shared, where)], mine[_within(shared, block.outer)])
+        self._near.append((near, mine[_within(near, block.outer)].copy()))
+        self._written[block.core] = mine[_within(block.core, block.outer)]
+
+    def _join_alike(self, theirs: npt.NDArray[np.int64], here: npt.NDArray[np.int64]) -> None:
         both = (theirs > 0) & (here > 0)
         if both.any():
             pairs, shared = np.unique(np.stack([theirs[both], here[both]]), axis=1, return_counts=True)
-            sizes_theirs, sizes_here = np.bincount(theirs), np.bincount(here)
+            sizes_theirs, sizes_here = np.bincount(theirs.ravel()), np.bincount(here.ravel())
             for (a, b), count in zip(pairs.T, shared, strict=True):
                 if count >= JOINED_SHARE * min(sizes_theirs[a], sizes_here[b]):
                     self._join(int(a), int(b))
-        inner = tuple(
-            slice(c.start - o.start, c.stop - o.start) for c, o in zip(block.core, block.outer, strict=True)
-        )
-        self._written[block.core] = mine[inner]
-        self._done[block.core] = True
 
     def _root(self, label: int) -> int:
         while self._parent[label] != label:
@@ -283,6 +289,11 @@ class Stitcher:
         """The whole volume, int64, 0 for background; ids have gaps."""
         roots = np.array([self._root(label) for label in range(len(self._parent))], dtype=np.int64)
         return np.asarray(roots[self._written])
+
+
+def _within(part: Slices, whole: Slices) -> Slices:
+    """Slices of `part` in an array that holds `whole`."""
+    return tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, whole, strict=True))
 
 
 def to_image_geometry(labels: Labels, properties: dict[str, Any], transpose_backward: Sequence[int]) -> Labels:

@@ -159,9 +159,22 @@ def test_pieces_are_joined_only_where_the_blocks_agree():
     stitcher.add(right, second)
     assert len(np.unique(stitcher.labels())) == 1
     apart = Stitcher((1, 4, 20))
+    first[:, :, left.core[2].stop :] = 0  # one ends at the border, the other begins there
     apart.add(left, first)
     apart.add(right, np.where(np.arange(second.shape[2]) < 4, 0, 1).astype(np.int32)[None, None].repeat(4, 1))
     assert len(np.unique(apart.labels())) == 2
+
+
+def test_an_object_that_reaches_a_voxel_across_a_blocks_border_stays_apart_from_its_neighbour():
+    stitcher = Stitcher((1, 4, 40))
+    left, right = split_blocks((1, 4, 40), 150, (1, 1, 8))
+    border = left.core[2].stop
+    for block, first_of_second in ((left, border), (right, border - 1)):  # they disagree by one voxel
+        columns = np.arange(block.outer[2].start, block.outer[2].stop)
+        stitcher.add(block, np.where(columns < first_of_second, 1, 2).astype(np.int32)[None, None].repeat(4, 1))
+    found = stitcher.labels()
+    assert len(np.unique(found[..., : border - 1])) == len(np.unique(found[..., border:])) == 1
+    assert found[0, 0, 0] != found[0, 0, -1]
 
 
 def test_a_2d_configuration_decodes_slice_by_slice_with_ids_of_its_own():
