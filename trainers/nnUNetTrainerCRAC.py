@@ -51,7 +51,8 @@ class nnUNetTrainerCRAC(LossTerms, nnUNetTrainer):
 
     Raises:
         NotImplementedError: the dataset is no instance dataset, or the configuration is part of a cascade.
-        ValueError: an option in the plans is unknown or impossible.
+        ValueError: an option in the plans is unknown or impossible; or, when training begins, nnU-Net would normalise
+            partly labelled images by what their labels call inside.
 
     Source: Liu et al., Learning Cross-Representation Affinity Consistency for Sparsely Supervised Biomedical Instance
     Segmentation, ICCV 2023, re-implemented.
@@ -235,8 +236,9 @@ class nnUNetTrainerCRAC(LossTerms, nnUNetTrainer):
         write_json(file, splits)
 
     def on_train_start(self) -> None:
-        super().on_train_start()
         facts = self._look_at_labels()
+        self._refuse_masked_normalisation(facts)
+        super().on_train_start()
         learnt = facts.background_labelled
         self._module.foreground_learnt.fill_(learnt)
         self.loss.foreground_learnt = learnt
@@ -256,6 +258,21 @@ class nnUNetTrainerCRAC(LossTerms, nnUNetTrainer):
         self.plans_manager.plans[PLANS_KEY]["min_size"] = self._min_size()
         if self.local_rank == 0:
             write_json(Path(self.output_folder_base) / "plans.json", self.plans_manager.plans)
+
+    def _refuse_masked_normalisation(self, facts: LabelFacts) -> None:
+        """ValueError where training images would be normalised otherwise than those to predict."""
+        if facts.partly_labelled and any(self.configuration_manager.use_mask_for_norm):
+            name, plans, configuration = (
+                self.plans_manager.dataset_name, self.plans_manager.plans_name, self.configuration_name,
+            )  # fmt: skip
+            file = Path(self.preprocessed_dataset_folder_base) / f"{plans}.json"
+            raise ValueError(
+                f"{plans} normalises the images of {configuration} by what lies inside of a black surrounding "
+                "(`use_mask_for_norm`). nnU-Net takes that from the label files, where `ignore` counts as inside: "
+                f"{facts.partly_labelled} training cases, which are not labelled all over, would not look as the "
+                f"images to predict do. Set `use_mask_for_norm` to false for each channel in {file}, and preprocess "
+                f"again: nnUNetv2_preprocess -d {name} -plans_name {plans} -c {configuration}"
+            )
 
     def _look_at_labels(self) -> LabelFacts:
         """What the training cases' labels tell; they are read once."""

@@ -1,4 +1,4 @@
-"""What the training cases of an instance dataset tell: whether background is labelled, how small objects are."""
+"""What the training cases of an instance dataset tell: what is labelled in them, how small objects are."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class LabelFacts(NamedTuple):
         min_size: voxels; the size that all but 5 % of the labelled instances reach, and at most a quarter of their
             median. Where all are about alike, 5 % below is hardly smaller than the median: what is found correctly but
             for some voxels at its border must not be left out.
+        partly_labelled: how many cases hold voxels that nobody labelled.
     """
 
     background_labelled: bool
     min_size: int
+    partly_labelled: int
 
 
 def label_facts(
@@ -44,13 +46,14 @@ def label_facts(
         slicewise: instances are those of a slice, as a 2D network sees them.
         complete_instances: labelled instances are labelled completely; if not, their sizes say nothing.
     """
-    background = labelled = 0
+    background = labelled = partly = 0
     sizes: list[npt.NDArray[np.int64]] = []
     for segmentation in segmentations:
         known = np.ones(segmentation.shape, np.bool_) if ignore_label is None else segmentation != ignore_label
         inside = known & (segmentation > 0)
         background += int((known & ~inside).sum())
         labelled += int(known.sum())
+        partly += not known.all()
         ids = np.where(inside, segmentation, 0)[0]
         for part in ids if slicewise else [ids]:
             of_part = np.bincount(part.ravel())[1:]
@@ -60,7 +63,7 @@ def label_facts(
     if complete_instances and len(found):
         reached = min(np.percentile(found, 100 * SMALLEST_SHARE), MEDIAN_SHARE * np.median(found))
         min_size = max(1, int(reached))
-    return LabelFacts(background > LEAST_BACKGROUND * labelled, min_size)
+    return LabelFacts(background > LEAST_BACKGROUND * labelled, min_size, partly)
 
 
 __all__ = ["DEFAULT_MIN_SIZE", "LabelFacts", "label_facts"]

@@ -54,7 +54,7 @@ def test_the_quarter_of_the_median_matters_only_where_sizes_hardly_differ(small,
 @pytest.mark.parametrize("value", [IGNORE, 0, -1])
 def test_without_an_instance_there_is_a_default(value):
     assert label_facts([np.full((1, 1, 4, 4), value)], IGNORE).min_size == DEFAULT_MIN_SIZE
-    assert label_facts([], IGNORE) == (False, DEFAULT_MIN_SIZE)
+    assert label_facts([], IGNORE) == (False, DEFAULT_MIN_SIZE, 0)
 
 
 def test_strokes_say_nothing_about_sizes():

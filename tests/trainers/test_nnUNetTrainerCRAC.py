@@ -279,6 +279,22 @@ def test_colour_pictures_in_one_file_are_predicted_and_other_numbers_of_channels
     assert status == 1 and "3 channel(s), but got 9" in said
 
 
+@pytest.mark.parametrize("partly", [True, False])
+def test_partly_labelled_images_are_not_normalised_by_what_their_labels_call_inside(tiny, partly):
+    dataset = Instances(tiny)
+    for case in range(6):
+        dataset.add(f"case_{case}", case, sparse=partly, black=not partly)
+    configurations = dataset.trainer().plans_manager.plans["configurations"]
+    configurations[tiny.configuration]["use_mask_for_norm"] = [True]
+    trainer = tiny.trainer(nnUNetTrainerCRAC, 0, None, 2, configurations=configurations)
+    if partly:
+        number = len(trainer.do_split()[0])
+        with pytest.raises(ValueError, match=f"{number} training cases, .* Set `use_mask_for_norm` to false"):
+            trainer.on_train_start()
+    else:
+        trainer.on_train_start()
+
+
 def test_an_interrupted_training_continues_where_it_was(instances):
     first = instances.trainer(epochs=4, iterations=2, warmup=0.4)
     first.save_every = 1
