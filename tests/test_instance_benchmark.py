@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,25 @@ def benchmark(source, tmp_path, capsys, monkeypatch, request):
 def labels_of(folder, name):
     (raw,) = (folder / "nnUNet_raw").glob(f"Dataset*_{name}")
     return {file.stem: imread(file) for file in sorted((raw / "labelsTr").iterdir())}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (truth()[:-1], r"labels of the shape of their image, \(1, 12, 36\), but got \(1, 11, 36\)"),
+        (np.where(truth() == 2, IGNORE + 1, truth()), rf"ids from 0 to {IGNORE}, .* but got 0 to {IGNORE + 1}"),
+        (None, "cannot be read as a label file"),
+    ],
+)
+def test_labels_of_test_cases_are_looked_at_before_anything_is_trained(benchmark, source, labels, message):
+    file = source / "labelsTs" / "c4.png"
+    if labels is None:
+        file.write_bytes(file.read_bytes()[:60])
+    else:
+        imsave(file, labels, check_contrast=False)
+    status, _, err = benchmark("--arms", "full")
+    assert status == 1 and re.search(rf"c4\.png.*{message}", err)
+    assert not benchmark.played.calls
 
 
 def test_every_arm_is_trained_once_and_the_report_holds_measures_and_pictures(benchmark):

@@ -20,7 +20,7 @@ from nnunet_dsp.benchmark.accuracy.workplace import Workplace, checksum, code_st
 from nnunet_dsp.dataset_conversion import raw_dataset
 from nnunet_dsp.dataset_conversion.instance_labels import check_instances, write_sparse_labels
 from nnunet_dsp.dataset_conversion.parallel import map_cases
-from nnunet_dsp.dataset_conversion.raw_dataset import RawDataset
+from nnunet_dsp.dataset_conversion.raw_dataset import RawCase, RawDataset
 from nnunet_dsp.instances.evaluate_command import measure_files
 from nnunet_dsp.instances.measures import average
 
@@ -106,14 +106,21 @@ def survey(source: RawDataset, fixed: Mapping[str, Any], processes: int) -> tupl
     """Look at every file once: the facts, and the evaluation cases' files.
 
     Raises:
-        ValueError: no instance dataset, labels are missing, or there are no cases to evaluate on.
+        ValueError: no instance dataset, labels are missing, there are no cases to evaluate on, or one of these has
+            labels that cannot be read, do not fit the image or hold undeclared ids.
     """
     check_instances(source)
     split = choose_cases(source, fixed)
     evaluation = evaluation_files(source, fixed)
     (name,) = (name for name in source.json["labels"] if name not in ("background", "ignore"))
     jobs = [(case, source.reader_writer(), source.cases[case].label, source.ignore_label) for case in split.training]
-    found = map_cases(_count, jobs, processes=processes, description="Reading labels")
+    found = list(map_cases(_count, jobs, processes=processes, description="Reading labels"))
+    to_check = [
+        (RawCase(case, images, label), source.reader_writer(), source.ignore_label)
+        for case, (images, label) in evaluation.items()
+    ]
+    for _ in map_cases(_check_evaluation_case, to_check, processes=processes, description="Reading evaluation cases"):
+        pass
     facts = SourceFacts(
         name=source.folder.name,
         folder=str(source.folder.resolve()),
@@ -134,6 +141,23 @@ def _count(job: tuple[str, Any, Path, int | None]) -> tuple[str, int]:
     case, reader_writer, file, ignore = job
     values = np.unique(raw_dataset.read_label(reader_writer, file)[0])
     return case, int(((values > 0) & (values != (-1 if ignore is None else ignore))).sum())
+
+
+def _check_evaluation_case(job: tuple[RawCase, Any, int | None]) -> None:
+    """Refuse what the evaluation would stumble over, or take for `ignore`, once all is trained."""
+    case, reader_writer, ignore = job
+    labels, _ = raw_dataset.read_label(reader_writer, case.label)
+    low, high = int(labels.min(initial=0)), int(labels.max(initial=0))
+    if low < 0 or (ignore is not None and high > ignore):
+        raise ValueError(
+            f"{case.label}: expected ids from 0 {'on' if ignore is None else f'to {ignore}'}, as dataset.json declares "
+            f"them, but got {low} to {high}."
+        )
+    image, _ = reader_writer().read_images([str(case.images[0])])
+    if image.shape[1:] != labels.shape:
+        raise ValueError(
+            f"{case.label}: expected labels of the shape of their image, {image.shape[1:]}, but got {labels.shape}."
+        )
 
 
 class InstanceDatasets(Datasets):
