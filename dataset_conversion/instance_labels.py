@@ -51,8 +51,13 @@ def read_labels(path: Path, key: str | None = None, ignore: int | None = None) -
         ignore: value of what nobody labelled, which may be negative.
 
     Raises:
-        ValueError: the file cannot be read, is in colour, or holds negative or broken numbers.
+        ValueError: the file cannot be read, is a JPEG or in colour, or holds negative or broken numbers.
     """
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        raise ValueError(
+            f"{path}: JPEG changes values along edges, so that ids and masks come back as others. Export the labels "
+            "without loss (PNG or TIFF)."
+        )
     array, said = read_array(path, key, palette_indices=True)
     if said.get("colour"):
         others = range(1, array.shape[-1] - (array.shape[-1] in (2, 4)))  # transparency says nothing

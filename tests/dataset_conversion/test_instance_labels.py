@@ -392,6 +392,15 @@ def test_indices_of_pictures_with_a_palette_are_the_ids(tmp_path, ending):
     assert read_array(tmp_path / f"a{ending}")[0].shape == (64, 64, 3), "an image is what the eye sees"
 
 
+def test_labels_in_a_jpeg_are_refused_since_it_changes_ids(raw, tmp_path, capsys):
+    folder = source(tmp_path / "in", 1)
+    (folder / "masks" / "cell 0_cp_masks.tif").unlink()
+    imsave(folder / "masks" / "cell 0.jpg", (squares() > 0).astype(np.uint8) * 255, check_contrast=False)
+    assert convert(folder, "-d", 7, "--connected-components") == 1
+    assert "cell 0.jpg: JPEG changes values" in capsys.readouterr().err
+    assert not list(raw.iterdir())
+
+
 def test_transparency_of_a_label_picture_is_left_out(tmp_path):
     ids = (np.arange(64 * 64).reshape(64, 64) // 100).astype(np.uint8)
     alpha = np.where(ids > 0, 255, 0).astype(np.uint8)
