@@ -368,6 +368,13 @@ def _check(args: argparse.Namespace) -> Options:
         raise ValueError(f"--label: expected a name such as cell, but got {args.label!r}.")
     if args.test_slices and not args.train_slices:
         raise ValueError("--test-slices needs --train-slices: which slices are for training?")
+    for low, high in args.test_slices or ():
+        for start, stop in args.train_slices:
+            if max(low, start) < min(high, stop):
+                raise ValueError(
+                    f"--test-slices {low}:{high} shares slices with --train-slices {start}:{stop}. What is trained on "
+                    "tests nothing: leave a gap between them."
+                )
     if args.test_slices and (args.test_images or args.test_labels):
         raise ValueError("--test-slices and --test-images both say what the test set is. Give one of them.")
     if args.connected_components and args.keep_disconnected:

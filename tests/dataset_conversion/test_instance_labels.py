@@ -252,6 +252,7 @@ def test_options_that_a_raw_nnunet_dataset_answers_itself_are_refused(raw, capsy
         (("--connected-components", "--keep-disconnected"), "Give one of them"),
         (("--train-slices", "0:1", "--test-slices", "1:2", "--test-images", "masks"), "what the test set is"),
         (("--test-labels", "masks"), "no test images"),
+        (("--train-slices", "0:2", "--train-slices", "4:8", "--test-slices", "7:9"), "7:9 shares slices with --train"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(raw, tmp_path, capsys, words, message):
