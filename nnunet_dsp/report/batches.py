@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from nnunet_dsp.batch import AnnotationBatch
 from nnunet_dsp.dataset_conversion import raw_dataset
+from nnunet_dsp.label_names import LabelNames
 from nnunet_dsp.pseudo_labels import allowed_classes
 from nnunet_dsp.report.drawing import (
     IGNORED,
@@ -231,7 +232,6 @@ def _report(number: int, batch: dict[str, Any], trainer: Any) -> BatchReport:
     target: Tensor = batch["target"][0] if isinstance(batch["target"], (list, tuple)) else batch["target"]
     labels = trainer.label_manager
     num_classes = int(labels.num_segmentation_heads)
-    names = [str(name) for name in labels.label_dict if name != "ignore"][:num_classes]
     size, spatial = data.shape[0], tuple(data.shape[2:])
     if "annotations" in batch:
         annotations = AnnotationBatch.from_list(batch["annotations"])
@@ -240,6 +240,7 @@ def _report(number: int, batch: dict[str, Any], trainer: Any) -> BatchReport:
     num_masked = int(batch.get("num_masked", size))
     if labels.has_regions:
         raise NotImplementedError("--batches cannot picture targets that are regions.")
+    names = LabelNames.from_dataset_json({"labels": labels.label_dict}).names  # by number, however dataset.json orders them
     allowed = allowed_classes(annotations, target[:, 0], num_classes, spatial, labels.ignore_label)
     cases = [str(case) for case in batch.get("keys", [""] * size)]
     items = []

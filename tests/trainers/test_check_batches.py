@@ -121,6 +121,17 @@ def test_boxes_show_their_lines_where_these_count(planned):
     assert tints
 
 
+def test_classes_are_named_by_their_numbers_however_dataset_json_orders_them(planned):
+    planned.dataset_json["labels"] = {"background": 0, "nucleus": 2, "cell": 1, "ignore": 3}
+    planned.trainer(nnUNetTrainer)  # writes dataset.json
+    reports, _ = draw(planned, batches=6)
+    titles = {mark.label: mark.title for report in reports for item in report.items for mark in item.seen.marks}
+    assert "nucleus" in titles[2]
+    words = {words for report in reports for item in report.items for words, _ in item.sets}
+    assert "background or cell" in words, "outside the complete boxes of nuclei"
+    assert "background or nucleus" not in words
+
+
 @pytest.mark.parametrize("tiny", [3], indirect=True)
 def test_volumes_are_shown_in_the_slice_where_annotations_lie(planned):
     reports, _ = draw(planned, batches=4)
