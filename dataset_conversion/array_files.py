@@ -104,7 +104,7 @@ def check_whole(path: Path) -> None:
     try:
         if compressed:
             with gzip.open(path) as unpacked:
-                while piece := unpacked.read(1 << 20):
+                while piece := unpacked.read1(1 << 20):
                     found += len(piece)
         else:
             found = path.stat().st_size
