@@ -36,7 +36,14 @@ def shrink_plans(
 
     Returns:
         The new plans. Configurations that inherit from another one keep inheriting.
+
+    Raises:
+        ValueError: a size, a number of channels or the batch is below 1, or there are not one to three patch sizes.
     """
+    sizes = [patch] if patch is None or isinstance(patch, int) else patch
+    for option, values in (("--patch", sizes), ("--features", features), ("--batch-size", [batch_size])):
+        if any(value is not None and value < 1 for value in values):
+            raise ValueError(f"{option}: expected 1 or more, but got {' '.join(map(str, values))}.")
     result = copy.deepcopy(plans)
     result["plans_name"] = name
     for configuration in result["configurations"].values():
@@ -92,11 +99,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nnunetv2.paths import nnUNet_preprocessed
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+    from nnunet_dsp.dataset_conversion.raw_dataset import dataset_name, environment_folder
 
-    name = args.dataset if args.dataset.startswith("Dataset") else maybe_convert_to_dataset_name(int(args.dataset))
-    folder = Path(nnUNet_preprocessed) / name
+    base = environment_folder("nnUNet_preprocessed")
+    try:
+        folder = base / dataset_name(args.dataset, "nnUNet_preprocessed")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} Run nnUNetv2_plan_and_preprocess -d {args.dataset} first.") from None
+    if not args.output or Path(args.output).name != args.output:
+        raise ValueError(f"-o: expected a name for the plans, such as nnUNetPlansSmall, but got {args.output!r}.")
     source, target = folder / f"{args.plans}.json", folder / f"{args.output}.json"
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist. Run nnUNetv2_plan_and_preprocess -d {args.dataset} first.")

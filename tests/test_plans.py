@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+from nnunet_dsp.cli import main
 from nnunet_dsp.plans import shrink_plans
 
 
@@ -88,3 +90,39 @@ def test_sizes_an_axis_reach_the_configurations_that_have_these_axes():
 def test_another_number_of_patch_sizes_is_refused():
     with pytest.raises(ValueError, match="but got 4"):
         shrink_plans(planned(2), "Small", patch=[16, 16, 16, 16])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"patch": 0}, "--patch: expected 1 or more, but got 0"),
+        ({"patch": [16, -5]}, "--patch: expected 1 or more, but got 16 -5"),
+        ({"features": (4, 0, 8)}, "--features: expected 1 or more, but got 4 0 8"),
+        ({"batch_size": 0}, "--batch-size: expected 1 or more, but got 0"),
+    ],
+)
+def test_sizes_below_one_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        shrink_plans(planned(2), "Small", **sizes)
+
+
+def test_what_cannot_be_found_or_written_is_named_without_a_traceback(tmp_path, monkeypatch, capsys):
+    def refused(*arguments: str) -> str:
+        assert main(["plans", *arguments]) == 1
+        return capsys.readouterr().err
+
+    monkeypatch.delenv("nnUNet_preprocessed", raising=False)
+    assert "nnUNet_preprocessed is not set" in refused("-d", "7")
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    assert "no dataset with id 007" in (said := refused("-d", "7")) and "nnUNetv2_plan_and_preprocess -d 7" in said
+    folder = tmp_path / "Dataset007_Cells"
+    folder.mkdir()
+    assert "no dataset Dataset008_Cells" in refused("-d", "Dataset008_Cells")
+    assert "Expected a dataset id such as 501" in refused("-d", "cells")
+    assert "nnUNetPlans.json does not exist. Run nnUNetv2_plan_and_preprocess -d 7" in refused("-d", "7")
+    (folder / "nnUNetPlans.json").write_text(json.dumps(planned(2)))
+    for name in ("../Small", ""):
+        assert f"-o: expected a name for the plans, such as nnUNetPlansSmall, but got {name!r}" in refused(
+            "-d", "7", "-o", name
+        )
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["Dataset007_Cells", "nnUNetPlans.json"]
