@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 from PIL import Image
 from skimage import io as skio
 
@@ -170,6 +171,19 @@ def plant_truncated_image(d: Planted) -> None:
     file.write_bytes(file.read_bytes()[:60])
 
 
+def plant_infinite_values(d: Planted) -> None:
+    """In all cases, since only TIFF holds them, and a dataset has one file ending."""
+    for part in ("imagesTr", "labelsTr"):
+        for file in list((d.folder / part).iterdir()):
+            tifffile.imwrite(file.with_suffix(".tif"), skio.imread(file).astype(np.float32 if part == "imagesTr" else np.uint8))
+            file.unlink()
+    file = d.folder / "imagesTr" / "weak_1_0000.tif"
+    image = skio.imread(file)
+    image[3, 4:6] = -np.inf
+    tifffile.imwrite(file, image)
+    d.write_json(file_ending=".tif")
+
+
 def plant_broken_annotation_file(d: Planted) -> None:
     (d.folder / "annotationsTr" / "weak_0.json").write_text('{"format": "nnunet_dsp.annotations", "version": 1, "poi')
 
@@ -275,6 +289,7 @@ PLANTS = [
     (plant_unknown_value, {"integrity"}, r"integrity: masked_0: Unexpected labels .* Found: \[0. 1. 2. 9.\]", True),
     (plant_shape_mismatch, {"integrity"}, r"integrity: masked_0: Shape mismatch .* Shape images: \(1, 48, 64\)", True),
     (plant_truncated_image, {"unreadable"}, r"masked_1: its image cannot be read \(masked_1_0000.png\)", False),
+    (plant_infinite_values, {"unreadable"}, r"weak_1: 2 voxel\(s\) of its image are infinite", False),
     (plant_broken_annotation_file, {"annotation-file"}, r"weak_0.json\): not valid JSON .* cut off", True),
     (plant_point_outside, {"annotation-file"}, r"points\[0\] lies at \(20, 70\), outside the image", True),
     (plant_annotations_of_no_case, {"annotation-file"}, r"no case 'weak_7'", False),
@@ -305,7 +320,7 @@ PLANTS = [
 )
 def test_a_planted_fault_is_found_and_nothing_else(planted, plant, kinds, words, pictured):
     plant(planted)
-    if plant not in (plant_wrong_count, plant_regions):
+    if plant not in (plant_wrong_count, plant_regions, plant_infinite_values):
         planted.write_json()
     report = look(planted)
     texts = "\n".join(f"{finding.kind}: {finding.text}" for finding in report.findings)

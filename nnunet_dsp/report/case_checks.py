@@ -190,6 +190,13 @@ def _read_image(job: CaseJob, reader: ReadOnce, report: CaseReport) -> npt.NDArr
         text = f"{case.name}: its image cannot be read ({', '.join(f.name for f in case.images)}): {reason}"
         report.findings.append(Finding("unreadable", text, case.name))
         return None
+    infinite = int(np.isinf(image).sum())
+    if infinite:
+        text = (
+            f"{case.name}: {infinite} voxel(s) of its image are infinite, and normalisation makes NaN of the whole image. "
+            "Replace them."
+        )
+        report.findings.append(Finding("unreadable", text, case.name))
     report.shape = tuple(int(size) for size in image.shape[1:])
     report.spacing = tuple(float(size) for size in properties.get("spacing", (1, 1, 1)))
     return np.asarray(image)
