@@ -341,6 +341,18 @@ def test_boxes_that_are_all_off_by_one_are_told_as_a_habit_with_axis_and_side(pl
     assert "begin 1 voxel(s) before the box's start along y" in report.findings[0].text
 
 
+def test_boxes_of_objects_that_touch_are_not_called_shifted(planted):
+    """Where the mask of a class goes on beyond the box, nobody knows where the object ends."""
+    tiles = [((y, x), (y + 8, x + 8)) for y in range(4, 36, 8) for x in range(4, 60, 8)]
+    mask = np.zeros((48, 64), np.uint8)
+    mask[4:36, 4:60] = 1
+    mask[40:44, 40:44] = 2
+    for number in range(3):
+        planted.write_mask(mask, f"masked_{number}")
+        planted.say(f"masked_{number}", Annotations(boxes=tuple(Box("cell", *tile) for tile in tiles)))
+    assert [finding.text for finding in look(planted).findings] == []
+
+
 def test_swapped_axes_are_suspected_in_words(planted):
     points = tuple(Point("cell", (x, y)) for y, x in ((12, 36), (13, 37), (11, 38)))
     planted.say("masked_0", Annotations(points=points))

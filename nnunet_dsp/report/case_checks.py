@@ -66,11 +66,14 @@ class CaseJob:
 
 
 class BoxFit(NamedTuple):
-    """How far a box's object begins after its start and ends after its stop, per axis, voxels (negative: before)."""
+    """How far a box's object begins after its start and ends after its stop, per axis, voxels (negative: before).
+
+    None where the mask of its class goes on beyond what is looked at, as with objects that touch.
+    """
 
     label: str
-    begins: tuple[int, ...]
-    ends: tuple[int, ...]
+    begins: tuple[int | None, ...]
+    ends: tuple[int | None, ...]
 
 
 @dataclass(slots=True)
@@ -415,11 +418,13 @@ def _box_fits(
         ids = cc3d.connected_components(where, connectivity=26, binary_image=True)
         touched = np.unique(ids[inner])
         grown = np.isin(ids, touched[touched > 0])
-        begins, ends = [], []
+        begins: list[int | None] = []
+        ends: list[int | None] = []
         for axis in range(3 - axes, 3):
             rows = np.flatnonzero(grown.any(axis=tuple(a for a in range(3) if a != axis))) + low[axis]
-            begins.append(int(rows[0] - start[index, axis]))
-            ends.append(int(rows[-1] + 1 - stop[index, axis]))
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            begins.append(first - int(start[index, axis]) if first > low[axis] or first == 0 else None)
+            ends.append(last - int(stop[index, axis]) if last < high[axis] or last == limit[axis] else None)
         fits.append(BoxFit(box.label, tuple(begins), tuple(ends)))
     return problems, fits
 

@@ -304,24 +304,25 @@ def _twins(cases: Sequence[CaseReport]) -> list[Finding]:
 
 def _shifts(cases: Sequence[CaseReport], axes: str) -> list[Finding]:
     """Offsets between boxes and their objects that most boxes share: off-by-one errors of whoever wrote them."""
-    by_axes: defaultdict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
+    by_axes: defaultdict[int, list[tuple[tuple[int | None, ...], tuple[int | None, ...]]]] = defaultdict(list)
     for case in cases:
         for fit in case.fits:
             by_axes[len(fit.begins)].append((fit.begins, fit.ends))
     findings = []
     for number, fits in by_axes.items():
-        if len(fits) < _LEAST_BOXES:
-            continue
         for side, name in ((0, "start"), (1, "stop")):
             for axis in range(number):
-                (offset, count), *_ = Counter(fit[side][axis] for fit in fits).most_common(1)
-                if offset == 0 or count < _HABIT * len(fits):
+                known = [offset for fit in fits if (offset := fit[side][axis]) is not None]
+                if len(known) < _LEAST_BOXES:
+                    continue
+                (offset, count), *_ = Counter(known).most_common(1)
+                if offset == 0 or count < _HABIT * len(known):
                     continue
                 letter = axes[3 - number + axis]
                 way = "after" if offset > 0 else "before"
                 what = "begin" if side == 0 else "end"
                 text = (
-                    f"In {count} of {len(fits)} tight boxes that could be compared with a mask, the objects {what} "
+                    f"In {count} of {len(known)} tight boxes that could be compared with a mask, the objects {what} "
                     f"{abs(offset)} voxel(s) {way} the box's {name} along {letter}."
                 )
                 findings.append(Finding("shifted", text))
