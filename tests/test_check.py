@@ -562,6 +562,18 @@ def test_colour_images_are_shown_in_colour(planted):
     assert shown[40, 30, 0] > 170 and shown[40, 30, 2] < 50 and shown[5, 30, 2] > 90
 
 
+def test_a_grey_picture_among_colour_pictures_is_named_and_shown(planted):
+    for file in (planted.folder / "imagesTr").iterdir():
+        if file.name != "masked_0_0000.png":
+            grey = skio.imread(file)
+            skio.imsave(file, np.dstack([grey] * 3), check_contrast=False)
+    planted.write_json(channel_names={"0": "R", "1": "G", "2": "B"})
+    report = look(planted)
+    assert [finding.kind for finding in report.findings] == ["integrity"]
+    assert "masked_0: Unexpected number of modalities. Expected: 3. Got: 1" in report.findings[0].text
+    assert report.cases[0].pictures
+
+
 # --- the page
 
 

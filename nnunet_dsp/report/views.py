@@ -84,6 +84,7 @@ class CaseView:
     ) -> None:
         self.image, self.mask, self.said, self.job = image, mask, said, job
         self.shape = tuple(int(size) for size in image.shape[1:])
+        self.colours = job.colours and len(image) >= 3
         self.labels = job.labels
         self.ignore = job.labels.ignore_label if job.labels is not None else None
         self.axis = slice_axis(self.shape, spacing)
@@ -238,7 +239,7 @@ class CaseView:
 
     @cached_property
     def _limits(self) -> tuple[float, float]:
-        if self.job.colours:
+        if self.colours:
             low, high = float(np.nanmin(self.image)), float(np.nanmax(self.image))
             return (0.0, 255.0) if low >= 0 and 1 < high <= 255 else intensity_range(self.image[:3])
         return intensity_range(self.image[self._channel])
@@ -261,7 +262,7 @@ class CaseView:
     def _picture(self, window: Window, size: int, look: list[tuple[Any, Any]]) -> Picture:
         frame = Frame(window, float(size))
         shape = (math.ceil(frame.height), math.ceil(frame.width))
-        if self.job.colours:
+        if self.colours:
             pixels = to_bytes(np.moveaxis(window.cut(self.image[:3]), 0, -1), self._limits)
         else:
             pixels = to_bytes(window.cut(self.image[self._channel]), self._limits)
