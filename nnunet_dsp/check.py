@@ -98,6 +98,11 @@ def check(folder: Path, options: argparse.Namespace) -> Report:
     from nnunet_dsp.report.workers import map_surviving
 
     facts = survey(folder)
+    if "channel_names" in facts.json and options.channel >= facts.num_channels:
+        raise ValueError(
+            f"Expected --channel to be at most {facts.num_channels - 1}, for dataset.json names {facts.num_channels} "
+            f"channel(s), counted from 0, but got {options.channel}."
+        )
     cases: list[CaseReport] = []
     if facts.reader_writer is not None:
         cases = map_surviving(

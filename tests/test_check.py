@@ -665,6 +665,11 @@ def test_senseless_numbers_are_refused(planted, flag, value):
         check.run(options(flag, value))
 
 
+def test_a_channel_that_is_not_there_is_refused(planted):
+    with pytest.raises(ValueError, match="Expected --channel to be at most 0, .* names 1 channel.*, but got 7"):
+        check.run(options("--channel", 7))
+
+
 def test_batches_of_a_dataset_that_is_not_planned_are_refused_at_once(planted, tmp_path, monkeypatch):
     (tmp_path / "pre").mkdir()
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "pre"))
