@@ -252,6 +252,8 @@ def read_dataset(dataset: str | int | Path) -> RawDataset:
         )
     if "dataset" not in content and not (folder / "imagesTr").is_dir():
         raise FileNotFoundError(f"{folder} holds no folder imagesTr.")
+    if problems := layout_problems(folder, content):
+        raise ValueError(f"{folder}: {' '.join(problems)}")
     cases = _listed_cases(folder, content) if "dataset" in content else _cases_in_folder(folder, content["file_ending"])
     if not cases:
         raise FileNotFoundError(f"{folder / 'imagesTr'} holds no image named like CASE_0000{content['file_ending']}.")
@@ -265,6 +267,32 @@ def read_dataset(dataset: str | int | Path) -> RawDataset:
                 f"dataset.json's channel_names, but found {len(case.images)} in {folder / 'imagesTr'}."
             )
     return RawDataset(folder, content, cases)
+
+
+def layout_problems(folder: Path, content: Mapping[str, Any]) -> list[str]:
+    """What nnU-Net would stumble over before it reads an image, a sentence or two each.
+
+    Args:
+        folder: of the raw dataset.
+        content: its dataset.json, with at least "channel_names" and "file_ending".
+    """
+    problems = []
+    if not isinstance(content["channel_names"], dict):
+        problems.append('dataset.json: expected channel_names of the form {"0": "NAME"}, but got another.')
+    ending = content["file_ending"]
+    if not isinstance(ending, str) or not ending.startswith("."):
+        problems.append(f'dataset.json: expected a file_ending such as ".png", but got {json.dumps(ending)}.')
+    elif "dataset" not in content:
+        channel = re.compile(rf"_\d\d\d\d{re.escape(ending)}$")
+        files = sorted(file.name for file in (folder / "imagesTr").iterdir() if file.is_file())
+        without = [name for name in files if name.endswith(ending) and not channel.search(name)]
+        if without:
+            stem = without[0].removesuffix(ending)
+            problems.append(
+                f"imagesTr: {len(without)} image file(s) lack the number of their channel, such as {without[0]}. "
+                f"Rename it to {stem}_0000{ending}."
+            )
+    return problems
 
 
 def _listed_cases(folder: Path, content: dict[str, Any]) -> dict[str, RawCase]:

@@ -70,8 +70,12 @@ def survey(folder: Path) -> DatasetFacts:
     missing = [key for key in required if key not in facts.json]
     if missing:
         facts.problem("dataset", f"dataset.json lacks {', '.join(missing)}, without which nnU-Net cannot read it.")
+    elif "dataset" in facts.json or (folder / "imagesTr").is_dir():
+        for text in raw_dataset.layout_problems(folder, facts.json):
+            facts.problem("dataset", text)
     _read_labels(facts)
-    if not isinstance(facts.json.get("file_ending"), str):
+    ending, channels = facts.json.get("file_ending"), facts.json.get("channel_names", {})
+    if not isinstance(ending, str) or not ending.startswith(".") or not isinstance(channels, dict):
         return facts
     try:
         facts.cases = _list_cases(facts)
@@ -79,7 +83,6 @@ def survey(folder: Path) -> DatasetFacts:
         facts.problem("dataset", f"The training cases cannot be listed: {error or type(error).__name__}")
         return facts
     if not facts.cases:
-        ending = facts.json["file_ending"]
         facts.problem("dataset", f"imagesTr holds no image named like CASE_0000{ending}. Is file_ending right?")
         return facts
     _find_reader(facts)
@@ -123,7 +126,8 @@ def _list_cases(facts: DatasetFacts) -> dict[str, RawCase]:
         return raw_dataset._listed_cases(facts.folder, facts.json)
     if not (facts.folder / "imagesTr").is_dir():
         raise FileNotFoundError(f"{facts.folder} holds no folder imagesTr.")
-    return raw_dataset._cases_in_folder(facts.folder, facts.json["file_ending"])
+    cases = raw_dataset._cases_in_folder(facts.folder, facts.json["file_ending"])
+    return {name: case for name, case in cases.items() if case.images}  # the others are among layout_problems()
 
 
 def _find_reader(facts: DatasetFacts) -> None:

@@ -76,6 +76,22 @@ def test_a_missing_channel_is_named(make_dataset):
         raw_dataset.read_dataset(101)
 
 
+def test_images_without_channel_number_and_a_malformed_dataset_json_are_named(make_dataset):
+    folder, _ = make_dataset(101)
+    (folder / "imagesTr" / "embryo.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="imagesTr: 1 image file.*such as embryo.png. Rename it to embryo_0000.png"):
+        raw_dataset.read_dataset(101)
+    (folder / "imagesTr" / "embryo.png").unlink()
+    content = json.loads((folder / "dataset.json").read_text())
+    for change, message in (
+        ({"file_ending": "png"}, 'file_ending such as ".png", but got "png"'),
+        ({"channel_names": ["EM"]}, 'expected channel_names of the form {"0": "NAME"}'),
+    ):
+        (folder / "dataset.json").write_text(json.dumps(content | change))
+        with pytest.raises(ValueError, match=message):
+            raw_dataset.read_dataset(101)
+
+
 def test_regions_are_refused_by_name(make_dataset):
     make_dataset(101, labels={"background": 0, "whole": [1, 2], "core": 2})
     with pytest.raises(ValueError, match="label 'whole' is a region"):
