@@ -175,7 +175,8 @@ def plant_infinite_values(d: Planted) -> None:
     """In all cases, since only TIFF holds them, and a dataset has one file ending."""
     for part in ("imagesTr", "labelsTr"):
         for file in list((d.folder / part).iterdir()):
-            tifffile.imwrite(file.with_suffix(".tif"), skio.imread(file).astype(np.float32 if part == "imagesTr" else np.uint8))
+            dtype = np.float32 if part == "imagesTr" else np.uint8
+            tifffile.imwrite(file.with_suffix(".tif"), skio.imread(file).astype(dtype))
             file.unlink()
     file = d.folder / "imagesTr" / "weak_1_0000.tif"
     image = skio.imread(file)

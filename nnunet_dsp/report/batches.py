@@ -240,7 +240,7 @@ def _report(number: int, batch: dict[str, Any], trainer: Any) -> BatchReport:
     num_masked = int(batch.get("num_masked", size))
     if labels.has_regions:
         raise NotImplementedError("--batches cannot picture targets that are regions.")
-    names = LabelNames.from_dataset_json({"labels": labels.label_dict}).names  # by number, however dataset.json orders them
+    names = LabelNames.from_dataset_json({"labels": labels.label_dict}).names  # in the order of their numbers
     allowed = allowed_classes(annotations, target[:, 0], num_classes, spatial, labels.ignore_label)
     cases = [str(case) for case in batch.get("keys", [""] * size)]
     items = []

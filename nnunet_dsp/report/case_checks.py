@@ -196,8 +196,8 @@ def _read_image(job: CaseJob, reader: ReadOnce, report: CaseReport) -> npt.NDArr
     infinite = int(np.isinf(image).sum())
     if infinite:
         text = (
-            f"{case.name}: {infinite} voxel(s) of its image are infinite, and normalisation makes NaN of the whole image. "
-            "Replace them."
+            f"{case.name}: {infinite} voxel(s) of its image are infinite, and normalisation makes NaN of the whole "
+            "image. Replace them."
         )
         report.findings.append(Finding("unreadable", text, case.name))
     report.shape = tuple(int(size) for size in image.shape[1:])
