@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from nnunet_dsp.benchmark.accuracy.arms import Grid
@@ -32,6 +33,14 @@ def check_training(values: Options, seeds: Sequence[int], args: argparse.Namespa
         if values["plans"] != "small" and values[name] is not None:
             raise ValueError(f"{flag_of(name)} goes with --plans small.")
     check_least_of_all(values, ("patch", "features"))
+    for name in ("val_cases", "val_fold", "val_share"):
+        if getattr(args, name) is not None and values["evaluate_on"] != "val":
+            raise ValueError(f"{flag_of(name)} goes with --evaluate-on val.")
+    if values["group"] is not None:
+        try:
+            re.compile(values["group"])
+        except re.error as error:
+            raise ValueError(f"--group: {values['group']!r} is no regular expression: {error}.") from error
     if any(seed < 0 for seed in seeds):
         raise ValueError("--seeds: expected whole numbers of 0 or more.")
     if args.time and not args.plan:
@@ -41,9 +50,9 @@ def check_training(values: Options, seeds: Sequence[int], args: argparse.Namespa
 
 
 def check_least(values: Options, least: Mapping[str, float]) -> None:
-    """Refuse numbers below the least that an option can be; ValueError."""
+    """Refuse numbers below the least that an option can be, and what is no finite number; ValueError."""
     for name, lowest in least.items():
-        if values[name] is not None and values[name] < lowest:
+        if values[name] is not None and not lowest <= values[name] < math.inf:
             raise ValueError(f"{flag_of(name)}: expected {lowest} or more, but got {values[name]}.")
 
 
@@ -68,6 +77,8 @@ def check_numbers(fixed: Options, selection: Options, how: Options, args: argpar
     check_least(fixed, {"points_per_object": 1, "min_size": 1, "pretrain_epochs": 1, "loosen": 0, "point_radius": 0})
     check_least(fixed, {"tolerance": 0})
     check_least_of_all(fixed, ("rectangle",))
+    if min(selection["masks"]) < 0:
+        raise ValueError(f"--masks: expected numbers of 0 or more, but got {shown_value(selection['masks'])}.")
     if not 0 <= fixed["share"] <= 1:
         raise ValueError(f"--share: expected a number from 0 to 1, but got {fixed['share']}.")
     if not 0 < fixed["step_size"] <= 1:
