@@ -121,8 +121,9 @@ def test_weak_cases_come_in_an_order_of_their_own():
 def source_of(tmp_path, cases=10, own_test=False, splits=None):
     names = [f"p{i // 2}_{i % 2}" for i in range(cases)]
     if own_test:
-        (tmp_path / "imagesTs").mkdir()
-        (tmp_path / "labelsTs").mkdir()
+        for file in (tmp_path / "imagesTs" / "t_0000.png", tmp_path / "labelsTs" / "t.png"):
+            file.parent.mkdir()
+            file.touch()
     if splits is not None:
         (tmp_path / "splits_final.json").write_text(json.dumps(splits))
     return SimpleNamespace(folder=tmp_path, cases=dict.fromkeys(names))
@@ -132,6 +133,14 @@ def test_the_test_cases_are_the_datasets_own_where_it_has_some(tmp_path):
     split = choose_cases(source_of(tmp_path, own_test=True), FIXED)
     assert split.evaluation is None
     assert len(split.training) == 10
+
+
+@pytest.mark.parametrize("part", ["imagesTs", "labelsTs"])
+def test_an_empty_folder_is_no_test_set(tmp_path, part):
+    source = source_of(tmp_path, own_test=True)
+    for file in (tmp_path / part).iterdir():
+        file.unlink()
+    assert len(choose_cases(source, FIXED).evaluation) == 2
 
 
 def test_test_cases_are_held_out_where_the_dataset_has_none_and_patients_stay_together(tmp_path):

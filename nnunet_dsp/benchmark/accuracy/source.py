@@ -51,7 +51,7 @@ def choose_cases(source: RawDataset, fixed: Mapping[str, Any]) -> Split:
         ValueError: cases that do not exist, or too few to train on.
     """
     cases = tuple(source.cases)
-    own_test = (source.folder / "imagesTs").is_dir() and (source.folder / "labelsTs").is_dir()
+    own_test = all(any((source.folder / part).glob("*")) for part in ("imagesTs", "labelsTs"))
     asked = any(fixed[f"test_{key}"] is not None for key in ("cases", "fold", "share"))
     notes = []
     test: tuple[str, ...] | None = None
