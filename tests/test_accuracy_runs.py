@@ -843,6 +843,19 @@ def test_a_test_mask_that_does_not_fit_is_refused_before_anything_is_trained(ben
         assert not benchmark.played.calls
 
 
+@pytest.mark.parametrize(
+    ("name", "channels", "found"), [("toy_6_0000.png", 3, "toy_6_0000.png"), ("toy_6_0001.png", 1, "toy_6_0001.png")]
+)
+def test_a_test_image_of_other_channels_is_refused_before_anything_is_trained(benchmark, name, channels, found):
+    image = image_and_mask(6)[0]
+    image = np.stack([image] * channels, -1) if channels > 1 else image
+    imsave(benchmark.source / "imagesTs" / name, image, check_contrast=False)
+    status, _, err = benchmark("--arms", "masks")
+    assert status == 1
+    assert "toy_6: expected the 1 channel(s) that dataset.json names, but got" in err and found in err
+    assert not benchmark.played.calls
+
+
 def test_a_class_that_is_called_as_the_mean_is_refused(benchmark):
     file = benchmark.source / "dataset.json"
     file.write_text(file.read_text().replace("nucleus", "mean"))

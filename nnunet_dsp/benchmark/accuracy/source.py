@@ -141,6 +141,7 @@ class _SurveyJob(NamedTuple):
     reader_writer: Any
     labels: dict[str, int]
     ignore: int | None
+    channels: int
 
 
 def _survey_case(job: _SurveyJob) -> tuple[str, dict[str, int], dict[str, float], bool, int]:
@@ -170,11 +171,18 @@ def _check_evaluation_case(job: _SurveyJob) -> None:
     """Refuse what nnU-Net's evaluation would stumble over, once all is trained.
 
     Raises:
-        ValueError: a mask with values that are no label, or of another shape than its image.
+        ValueError: a mask with values that are no label, or of another shape than its image; an image of other channels
+            than dataset.json names.
     """
     mask, _ = raw_dataset.read_label(job.reader_writer, job.case.label)
     _values(job.case.label, mask, job.labels, job.ignore)
     image, _ = job.reader_writer().read_images([str(job.case.images[0])])
+    channels = image.shape[0] * len(job.case.images)
+    if channels != job.channels:
+        raise ValueError(
+            f"{job.case.name}: expected the {job.channels} channel(s) that dataset.json names, but got {channels} from "
+            f"{', '.join(map(str, job.case.images))}."
+        )
     if image.shape[1:] != mask.shape:
         raise ValueError(
             f"{job.case.label}: expected a mask of the shape of its image, {image.shape[1:]}, but got {mask.shape}."
@@ -283,7 +291,8 @@ def survey(
         )
     evaluation = _evaluation_files(source, split)
     reader_writer = source.reader_writer()
-    jobs = [_SurveyJob(source.cases[name], reader_writer, labels, source.ignore_label) for name in split.training]
+    about = (reader_writer, labels, source.ignore_label, len(source.json["channel_names"]))
+    jobs = [_SurveyJob(source.cases[name], *about) for name in split.training]
     objects: dict[str, dict[str, int]] = {}
     coverages = []
     partly = []
@@ -300,10 +309,7 @@ def survey(
             f"{source.folder}: {len(partly)} training cases have voxels labelled 'ignore', so what they show is not "
             f"known: {', '.join(partly[:10])}. The benchmark takes annotations away from full masks."
         )
-    jobs = [
-        _SurveyJob(RawCase(name, images, label), reader_writer, labels, source.ignore_label)
-        for name, (images, label) in evaluation.items()
-    ]
+    jobs = [_SurveyJob(RawCase(name, images, label), *about) for name, (images, label) in evaluation.items()]
     for _ in map_cases(_check_evaluation_case, jobs, processes=processes, description="Reading evaluation cases"):
         pass
     facts = SourceFacts(
