@@ -887,6 +887,11 @@ def test_a_class_that_is_only_predicted_is_named_where_arms_differ_in_it():
     assert report.predicted_only(lines, ("cell", "nucleus")) == {"nucleus": ["masks"]}
     both = {**lines, "dsp": line("dsp", 3, 0)}
     assert report.predicted_only(both, ("cell", "nucleus")) == {}, "it counts alike for both"
+    with_seeds = {name: report.Line(name, each.place, {**each.records}, 3) for name, each in both.items()}
+    with_seeds["masks"].records |= {1: line("masks", 1, 0).records[0]}
+    with_seeds["dsp"].records |= {1: line("dsp", 0, 0).records[0], 2: line("dsp", 0, 4).records[0]}
+    named = {"nucleus": ["masks", "dsp with seed 0 and 2"]}
+    assert report.predicted_only(with_seeds, ("cell", "nucleus")) == named, "in one run of dsp it does not count"
 
 
 def test_the_report_says_which_arms_a_class_counts_for_that_no_test_case_shows(benchmark):

@@ -114,17 +114,21 @@ def gap_of(line: Line, lines: Mapping[str, Line]) -> float:
 
 
 def predicted_only(lines: Mapping[str, Line], classes: Sequence[str]) -> dict[str, list[str]]:
-    """By class that no test case shows the arms that predict it all the same, where other arms do not."""
+    """By class that no test case shows the arms ("ARM with seed 1" where not all its runs) that predict it all the
+    same, where other runs do not."""
     result = {}
     for name in classes:
         entries = {
-            arm: [case.get(name, {}) for record in line.records.values() for case in record["per_case"].values()]
+            (arm, seed): [case.get(name, {}) for case in record["per_case"].values()]
             for arm, line in lines.items()
+            for seed, record in line.records.items()
         }
-        if not any(entry.get("TP", 0) + entry.get("FN", 0) for found in entries.values() for entry in found):
-            arms = [arm for arm, found in entries.items() if any(entry.get("FP", 0) for entry in found)]
-            if 0 < len(arms) < sum(map(bool, entries.values())):
-                result[name] = arms
+        shown = any(entry.get("TP", 0) + entry.get("FN", 0) for found in entries.values() for entry in found)
+        runs = [run for run, found in entries.items() if any(entry.get("FP", 0) for entry in found)]
+        if not shown and 0 < len(runs) < len(entries):
+            seeds = {arm: [str(seed) for other, seed in runs if other == arm] for arm, _ in runs}
+            every = {arm: len(known) == len(lines[arm].records) for arm, known in seeds.items()}
+            result[name] = [arm + ("" if every[arm] else f" with seed {' and '.join(seeds[arm])}") for arm in seeds]
     return result
 
 
