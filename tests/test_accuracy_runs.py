@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+import signal
 import threading
 import zipfile
 from pathlib import Path
@@ -770,6 +771,31 @@ def test_ctrl_c_ends_a_call_that_waits_for_a_run_of_another_process(benchmark, m
     assert not benchmark.played.of("train")
     end.cancel()
     other.release()
+
+
+@pytest.mark.parametrize("words", [(), ("--commands",), ("--plan", "--time")])
+def test_a_sigterm_ends_the_commands_that_prepare_the_data_too(benchmark, monkeypatch, words):
+    handlers = {}
+
+    def noting(name):
+        play = getattr(benchmark.played, name)
+
+        def command(*args):
+            handlers[name] = signal.getsignal(signal.SIGTERM)
+            return play(*args)
+
+        monkeypatch.setattr(benchmark.played, name, command)
+
+    noting("plan_and_preprocess")
+    noting("train")
+    (benchmark.folder / "timing").mkdir(parents=True)  # real commands make it
+    before = signal.getsignal(signal.SIGTERM)
+    assert benchmark("--arms", "masks", *words)[0] == 0
+    assert set(handlers) == {"plan_and_preprocess", *(() if "--commands" in words else ("train",))}
+    for handler in handlers.values():
+        with pytest.raises(KeyboardInterrupt):
+            handler(signal.SIGTERM, None)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def train_anew(benchmark, run):

@@ -90,6 +90,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
     with (
         stdout_to_stderr() if args.commands else nullcontext(),  # there are only commands on stdout then
         place.lock("setup", f"Waiting for another process that sets {folder} up."),
+        ending_children(place),
     ):
         wanted = merge(args, stored_config(folder))  # again: it may have been set up while this one waited
         facts, grid = _set_up(place, wanted)
@@ -505,7 +506,8 @@ def _say_plan(place: Workplace, wanted: Wanted, facts: SourceFacts, grid: Grid, 
     from nnunet_dsp.benchmark.accuracy.estimate import estimate
 
     training = _training(place, wanted, facts, grid)
-    print(estimate(training, grid, jobs=jobs_of(args), time_now=args.time, gpu=gpus_of(args)[0]))
+    with ending_children(place):
+        print(estimate(training, grid, jobs=jobs_of(args), time_now=args.time, gpu=gpus_of(args)[0]))
     return 0
 
 

@@ -79,7 +79,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
         print(estimate(_training(place, wanted, facts, grid, _plan(place, grid, rows)), grid, jobs=args.jobs or 1))
         return 0
     place.make()
-    with place.lock("setup", f"Waiting for another process that sets {args.output} up."):
+    with place.lock("setup", f"Waiting for another process that sets {args.output} up."), ending_children(place):
         wanted = merge(args, stored_config(args.output))  # again: it may have been set up while this one waited
         grid, rows = make_grid(wanted.selection, wanted.fixed["optimizer"])
         training = _set_up(place, wanted, grid, rows)
