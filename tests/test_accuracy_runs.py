@@ -544,6 +544,12 @@ def test_a_run_can_be_done_by_its_own_command(benchmark):
     assert status == 1 and "knows no run 'nonsense'" in err
 
 
+def test_a_run_by_its_own_command_says_its_dice_though_it_is_0(benchmark, monkeypatch):
+    monkeypatch.setitem(WRONG_ROWS, "masks", SIZE)
+    assert benchmark("--arms", "masks", "--commands")[0] == 0
+    assert f"{MASKS}: mean Dice 0.000" in benchmark("--run", MASKS, begin=False)[1]
+
+
 def test_the_plan_says_what_there_is_to_do_and_writes_nothing(benchmark):
     status, out, _ = benchmark("--arms", "masks", "dsp:scribbles", "--plan")
     assert status == 0

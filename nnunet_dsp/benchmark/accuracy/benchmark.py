@@ -391,7 +391,8 @@ def _one_run(place: Workplace, wanted: Wanted, name: str, gpu: str | None) -> in
         raise ValueError(f"{place.folder} is not set up yet. Call it with --commands first; that prepares the data.")
     with ending_children(place):
         record = training.execute(training.runs[name], gpu, progress=_print_progress(training))
-    print(f"{name}: mean Dice {record['means']['Dice']['mean']:.3f}" if record["means"]["Dice"]["mean"] else name)
+    value = record["means"]["Dice"]["mean"]
+    print(name if value is None else f"{name}: mean Dice {value:.3f}")
     return 0
 
 
