@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     text = write(cases, labels, dataset.ignore_label)
     with raw_dataset.replacing(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    images = dataset.folder / "imagesTr"
+    images = _folder_of_images(dataset)
     print(
         f"Wrote {len(cases)} cases to {output}. Its images: {images}\n"
         f"Back again: nnunet_dsp import {args.format} {output} --images {images} -d NEW_ID"
@@ -92,6 +92,15 @@ def run(args: argparse.Namespace) -> int:
     if any(len(case.images) > 1 for case in dataset.cases.values()):
         print("Only the first channel's image files are named in it.")
     return 0
+
+
+def _folder_of_images(dataset: raw_dataset.RawDataset) -> Path:
+    """Where `import` finds the images: it follows no links out of the folder it is given, as `simulate` makes them."""
+    files = [case.images[0] for case in dataset.cases.values()]
+    real = [file.resolve() for file in files]
+    if len({file.parent for file in real}) == 1 and [f.name for f in real] == [f.name for f in files]:
+        return real[0].parent
+    return dataset.folder / "imagesTr"
 
 
 def _read_case(

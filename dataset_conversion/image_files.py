@@ -77,6 +77,7 @@ class ImageFolder:
         self.shown = shown
         self.label_images: set[Path] = set()
         self._files: list[Path] | None = None
+        self._links_out: dict[str, Path] = {}
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
         self._folders: set[str] = set()
@@ -110,7 +111,9 @@ class ImageFolder:
                 path = Path(folder) / name
                 if name.startswith(".") or ending_of(name) is None or not path.is_file():
                     continue
-                if path.is_symlink() and os.path.commonpath([os.path.realpath(path), real_root]) != real_root:
+                real = os.path.realpath(path)
+                if path.is_symlink() and os.path.commonpath([real, real_root]) != real_root:
+                    self._links_out[name.lower()] = Path(real)
                     continue
                 yield path
 
@@ -159,6 +162,11 @@ class ImageFolder:
             raise AnnotationError(
                 f"{_where(source, entry)}there is no image {name[:200]!r} in {self.root}; {other} lies in another "
                 f"folder. Correct the folder, or name that of the images: --images {elsewhere[0].parent}"
+            )
+        if not found and last.lower() in self._links_out:
+            raise AnnotationError(
+                f"{_where(source, entry)}the image {name[:200]!r} is a link that leads out of {self.root}: not "
+                f"followed. Name the folder of the images themselves: --images {self._links_out[last.lower()].parent}"
             )
         if not found:
             raise AnnotationError(

@@ -12,6 +12,7 @@ from PIL import Image
 from skimage import io
 
 from nnunet_dsp.annotations import (
+    AnnotationError,
     Annotations,
     Box,
     LabelNames,
@@ -168,6 +169,27 @@ def test_datasets_go_out_and_come_back_by_command(make_dataset, nnunet, call, tm
         assert [p.name for p in sorted((new / "imagesTr").iterdir())] == [f"case_0{i}_0000.png" for i in range(3)]
         for case, mask in masks.items():
             assert name == "csv" or (io.imread(new / "labelsTr" / f"{case}.png") == mask).all()
+
+
+@pytest.mark.parametrize("name", ["coco", "csv"])
+def test_the_command_that_an_export_prints_reads_linked_images_too(make_dataset, nnunet, call, tmp_path, capsys, name):
+    """`simulate` links images, and `import` follows no links out of the folder of images."""
+    source, _ = make_dataset(101, cases=2)
+    folder, _ = make_dataset(102, cases=2, name="Linked")
+    for file in (folder / "imagesTr").iterdir():
+        file.unlink()
+        file.symlink_to(source / "imagesTr" / file.name)
+    write_annotations(folder / "annotationsTr" / "case_01.json", Annotations(points=(Point("membrane", (0, 7)),)))
+    output = tmp_path / f"out.{name}"
+    parser = argparse.ArgumentParser()
+    export_annotations.add_arguments(parser)
+    assert export_annotations.run(parser.parse_args([name, "-d", "102", "-o", str(output)])) == 0
+    back = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Back again: "))
+    arguments = back.removeprefix("Back again: nnunet_dsp import ").replace("NEW_ID", "103").split()
+    assert call(import_annotations, *arguments, "--name", "Back") == 0
+    assert len(list((nnunet / "Dataset103_Back" / "imagesTr").iterdir())) == 2
+    with pytest.raises(AnnotationError, match=rf"is a link that leads out of .* --images {source / 'imagesTr'}"):
+        call(import_annotations, name, output, "--images", folder / "imagesTr", "-d", 104, "--name", "Links")
 
 
 def test_coco_refuses_volumes_and_names_what_holds_them():
