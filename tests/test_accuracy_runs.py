@@ -935,7 +935,15 @@ def test_the_report_says_which_arms_a_class_counts_for_that_no_test_case_shows(b
     assert said in (benchmark.folder / "report.md").read_text()
 
 
-def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark):
+def test_a_trainer_of_another_name_gets_the_schedule_too(benchmark, tmp_path, monkeypatch):
+    text = "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as Base\nclass {}(Base): pass\n"
+    for name, folder in (("nnUNetTrainerMine", tmp_path / "mine"), ("Aside", tmp_path / "aside")):
+        folder.mkdir()
+        (folder / f"{name}.py").write_text(text.format(name))
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "mine"))
+    status, _, err = benchmark("--arm", "mine=Aside@masks:rate=0.5", "--arms", "mine")
+    assert status == 1 and "--arm: nnU-Net finds no trainer Aside" in err
+    assert not benchmark.played.calls and not list((benchmark.folder / "trainers").iterdir())
     status, _, _ = benchmark("--arm", "mine=nnUNetTrainerMine@masks:rate=0.5", "--arms", "mine")
     assert status == 0
     (training,) = benchmark.played.of("train")

@@ -37,6 +37,7 @@ from nnunet_dsp.benchmark.accuracy.refusals import (
     check_numbers,
     refuse_changed_defaults,
     refuse_missing_gpu,
+    refuse_unknown_trainers,
     refuse_unplanned,
 )
 from nnunet_dsp.benchmark.accuracy.source import SourceFacts, evaluation_files, survey, verify_source
@@ -305,6 +306,7 @@ def _set_up(place: Workplace, wanted: Wanted) -> tuple[SourceFacts, Grid]:
     facts, source, evaluation = _facts(place, wanted)
     other = _pretraining_facts(place, wanted, facts, source, evaluation)
     grid = _grid(place, wanted, facts)
+    refuse_unknown_trainers(grid)
     for text in left_out_texts(grid.left_out):
         say(text)
     if any(row.masks == len(facts.training) for row in grid.rows):

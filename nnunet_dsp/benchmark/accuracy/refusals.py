@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 
-from nnunet_dsp.benchmark.accuracy.arms import Grid
+from nnunet_dsp.benchmark.accuracy.arms import DSP, VANILLA, Grid
 from nnunet_dsp.benchmark.accuracy.command_lines import Options, flag_of, shown_value
 from nnunet_dsp.benchmark.accuracy.training import resolved_options
 from nnunet_dsp.benchmark.accuracy.workplace import Workplace
@@ -135,6 +137,30 @@ def refuse_missing_gpu(device: str) -> None:
     there = torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()
     if not there:
         raise ValueError(f"--device {device}: PyTorch finds no such device here. Train with --device cpu?")
+
+
+def refuse_unknown_trainers(grid: Grid) -> None:
+    """
+    Raises:
+        ValueError: nnU-Net finds no trainer of an arm's. DIR/trainers would hold a module that cannot be imported, and
+            nnU-Net imports all that lie there, whichever it looks for.
+    """
+    for trainer in dict.fromkeys(run.trainer for run in grid.runs.values()):
+        if trainer in (VANILLA, DSP):  # without importing torch
+            continue
+        import nnunet_dsp.trainers
+
+        if trainer in nnunet_dsp.trainers.__all__:
+            continue
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it tells where it looks
+                recursive_find_trainer_class_by_name(trainer)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"--arm: nnU-Net finds no trainer {trainer}. Is the name right, and its folder in nnUNet_extTrainer?"
+            ) from error
 
 
 def refuse_changed_defaults(place: Workplace, grid: Grid) -> None:
