@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from nnunet_dsp.benchmark.accuracy.curves import Point, write_curves
 from nnunet_dsp.benchmark.accuracy.measures import (
     SurfaceJob,
     case_means,
@@ -173,3 +174,22 @@ def test_holms_correction_is_that_of_his_paper():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     corrected = holm([0.2, math.nan, 0.9])
     assert corrected[0] == pytest.approx(0.4) and math.isnan(corrected[1]) and corrected[2] == pytest.approx(0.9)
+
+
+# --- curves
+
+
+def test_no_two_arms_are_drawn_alike(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    styles = {}
+    draw = Axes.errorbar
+
+    def errorbar(axes, *values, label, color, marker, **more):
+        styles[label] = color, marker
+        return draw(axes, *values, label=label, color=color, marker=marker, **more)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    points = [Point("mixed", 1, 3, f"arm {n}", 5.0 + n, n / 20, 0.01, 1, frozenset({f"run {n}"})) for n in range(20)]
+    assert write_curves(tmp_path, points, 4) == ["curve_minutes.png"]
+    assert len(styles) == len(set(styles.values())) == 20

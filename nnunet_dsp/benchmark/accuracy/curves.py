@@ -149,7 +149,7 @@ def _plot(file: Path, curves: Sequence[Curve], label: str, *, logarithmic: bool)
             index = arms.index(curve.arm)
             style = {
                 "color": PALETTE[index % len(PALETTE)],
-                "marker": markers[index % len(markers)],
+                "marker": markers[(index + index // len(PALETTE)) % len(markers)],  # as many as colours: no pair twice
                 "ls": strokes[others.index(curve.other) % len(strokes)] if curve.other else "-",
                 "ms": 5,
                 "lw": 1.4,
