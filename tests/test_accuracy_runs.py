@@ -205,8 +205,9 @@ def played(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_plots(request, monkeypatch):
-    """Drawing takes a second a picture; two tests have them drawn."""
-    if not request.node.name.startswith(("test_every_arm_is_trained_once", "test_a_report_without_predictions")):
+    """Drawing takes a second a picture; three tests have them drawn."""
+    drawn = ("test_every_arm_is_trained_once", "test_a_report_without_predictions", "test_a_picture")
+    if not request.node.name.startswith(drawn):
         monkeypatch.setattr(report, "write_pictures", lambda *_: {})
         monkeypatch.setattr(curves, "_plot", lambda file, *_, **__: file.write_text("plot"))
 
@@ -904,6 +905,17 @@ def test_a_report_without_predictions_has_no_pictures_of_them(benchmark):
     assert status == 0 and f"cases_mixed_m2_w4.png is not drawn, for predictions are gone of {DSP}." in err
     picture = "![best, median and worst case](cases_mixed_m2_w4.png)\n\n"
     assert (benchmark.folder / "report.md").read_text() == text.replace(picture, "") != text
+
+
+def test_a_picture_says_where_nothing_is_shown_and_nothing_predicted(benchmark, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("nnunet_dsp.pictures.comparison", lambda rows, *_, **__: drawn.extend(rows))
+    monkeypatch.setitem(WRONG_ROWS, "masks", SIZE)  # it predicts nothing
+    imsave(benchmark.source / "labelsTs" / "toy_7.png", np.zeros((SIZE, SIZE), np.uint8), check_contrast=False)
+    benchmark("--arms", "masks", "dsp")
+    (row,) = (row for row in drawn if any(name.endswith("toy_7") for name in row))
+    assert row["masks"]["caption"] == "no class shown or predicted"
+    assert row["dsp"]["caption"] == "mean Dice 0.000"
 
 
 def test_a_class_that_is_only_predicted_is_named_where_arms_differ_in_it():

@@ -492,7 +492,8 @@ def _picture(
         for arm, record in records.items():
             predicted = reader.read_seg(str(folders[record["run"]] / f"{case}{ending}"))[0][0]
             value = case_means({case: record["per_case"][case]}, "Dice")[case]
-            row[arm] = {"image": image[plane], "mask": predicted[plane], "caption": f"mean Dice {value:.3f}"}
+            caption = "no class shown or predicted" if math.isnan(value) else f"mean Dice {value:.3f}"
+            row[arm] = {"image": image[plane], "mask": predicted[plane], "caption": caption}
         rows.append(row)
     names = sorted(facts.labels, key=lambda name: facts.labels[name])
     comparison(rows, names, file, ignore_label=facts.ignore, title=f"Best, median and worst test case of {judge}")
