@@ -18,7 +18,7 @@ INSTALLED_DEV = $(VENV)/.installed-dev
 
 help:
 	@echo "make test   set up $(VENV) if need be and run the tests"
-	@echo "make demo   set up $(VENV) if need be and run the demonstration (seven to fifteen minutes on two cores)"
+	@echo "make demo   set up $(VENV) if need be and run the demonstration (seven to 25 minutes on two cores)"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove build leftovers and caches (not $(VENV))"
 
