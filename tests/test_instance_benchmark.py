@@ -98,7 +98,7 @@ def labels_of(folder, name):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (truth()[:-1], r"labels of the shape of their image, \(1, 12, 36\), but got \(1, 11, 36\)"),
+        (truth()[:-1], r"a label of the shape of its image, \(1, 12, 36\), but got \(1, 11, 36\)"),
         (np.where(truth() == 2, IGNORE + 1, truth()), rf"ids from 0 to {IGNORE}, .* but got 0 to {IGNORE + 1}"),
         (None, "cannot be read as a label file"),
     ],
@@ -111,6 +111,14 @@ def test_labels_of_test_cases_are_looked_at_before_anything_is_trained(benchmark
         imsave(file, labels, check_contrast=False)
     status, _, err = benchmark("--arms", "full")
     assert status == 1 and re.search(rf"c4\.png.*{message}", err)
+    assert not benchmark.played.calls
+
+
+def test_a_test_image_of_other_channels_is_refused_before_anything_is_trained(benchmark, source):
+    file = source / "imagesTs" / "c4_0000.png"
+    imsave(file, np.stack([imread(file)] * 3, -1), check_contrast=False)
+    status, _, err = benchmark("--arms", "full")
+    assert status == 1 and re.search(r"c4: expected the 1 channel\(s\) .* but got 3 from .*c4_0000\.png", err)
     assert not benchmark.played.calls
 
 

@@ -167,26 +167,39 @@ def _values(file: Path, mask: np.ndarray, labels: Mapping[str, int], ignore: int
     return values
 
 
-def _check_evaluation_case(job: _SurveyJob) -> None:
-    """Refuse what nnU-Net's evaluation would stumble over, once all is trained.
+def read_evaluation_case(case: RawCase, reader_writer: Any, channels: int) -> np.ndarray:
+    """The label of an evaluation case, whose images must fit it and dataset.json.
+
+    Args:
+        case: of its images the first is read; the others are taken to have as many channels.
+        reader_writer: class of nnU-Net that reads the files.
+        channels: how many dataset.json names.
+
+    Returns:
+        (Z, Y, X) label values, Z 1 for a 2D image.
 
     Raises:
-        ValueError: a mask with values that are no label, or of another shape than its image; an image of other channels
-            than dataset.json names.
+        ValueError: images of other channels than dataset.json names, or a label of another shape than its image.
     """
-    mask, _ = raw_dataset.read_label(job.reader_writer, job.case.label)
-    _values(job.case.label, mask, job.labels, job.ignore)
-    image, _ = job.reader_writer().read_images([str(job.case.images[0])])
-    channels = image.shape[0] * len(job.case.images)
-    if channels != job.channels:
+    label, _ = raw_dataset.read_label(reader_writer, case.label)
+    image, _ = reader_writer().read_images([str(case.images[0])])
+    found = image.shape[0] * len(case.images)
+    if found != channels:
         raise ValueError(
-            f"{job.case.name}: expected the {job.channels} channel(s) that dataset.json names, but got {channels} from "
-            f"{', '.join(map(str, job.case.images))}."
+            f"{case.name}: expected the {channels} channel(s) that dataset.json names, but got {found} from "
+            f"{', '.join(map(str, case.images))}."
         )
-    if image.shape[1:] != mask.shape:
+    if image.shape[1:] != label.shape:
         raise ValueError(
-            f"{job.case.label}: expected a mask of the shape of its image, {image.shape[1:]}, but got {mask.shape}."
+            f"{case.label}: expected a label of the shape of its image, {image.shape[1:]}, but got {label.shape}."
         )
+    return label
+
+
+def _check_evaluation_case(job: _SurveyJob) -> None:
+    """Refuse what nnU-Net's evaluation would stumble over, once all is trained."""
+    label = read_evaluation_case(job.case, job.reader_writer, job.channels)
+    _values(job.case.label, label, job.labels, job.ignore)
 
 
 @dataclass(frozen=True)

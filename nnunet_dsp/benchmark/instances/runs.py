@@ -14,7 +14,13 @@ from nnunet_dsp.benchmark.accuracy import FIXED as ACCURACY_DEFAULTS
 from nnunet_dsp.benchmark.accuracy.arms import Arm, Data, Grid, Run, parse_custom_arm
 from nnunet_dsp.benchmark.accuracy.cost import Counts
 from nnunet_dsp.benchmark.accuracy.datasets import Datasets
-from nnunet_dsp.benchmark.accuracy.source import SourceFacts, checksums_of, choose_cases, evaluation_files
+from nnunet_dsp.benchmark.accuracy.source import (
+    SourceFacts,
+    checksums_of,
+    choose_cases,
+    evaluation_files,
+    read_evaluation_case,
+)
 from nnunet_dsp.benchmark.accuracy.training import Progress, Training, resolved_options, schedule
 from nnunet_dsp.benchmark.accuracy.workplace import Workplace, checksum, code_state, write_json
 from nnunet_dsp.dataset_conversion import raw_dataset
@@ -107,7 +113,8 @@ def survey(source: RawDataset, fixed: Mapping[str, Any], processes: int) -> tupl
 
     Raises:
         ValueError: no instance dataset, labels are missing, there are no cases to evaluate on, or one of these has
-            labels that cannot be read, do not fit the image or hold undeclared ids.
+            images of other channels than dataset.json names, or labels that cannot be read, do not fit the image or
+            hold undeclared ids.
     """
     check_instances(source)
     split = choose_cases(source, fixed)
@@ -116,7 +123,7 @@ def survey(source: RawDataset, fixed: Mapping[str, Any], processes: int) -> tupl
     jobs = [(case, source.reader_writer(), source.cases[case].label, source.ignore_label) for case in split.training]
     found = list(map_cases(_count, jobs, processes=processes, description="Reading labels"))
     to_check = [
-        (RawCase(case, images, label), source.reader_writer(), source.ignore_label)
+        (RawCase(case, images, label), source.reader_writer(), source.ignore_label, len(source.json["channel_names"]))
         for case, (images, label) in evaluation.items()
     ]
     for _ in map_cases(_check_evaluation_case, to_check, processes=processes, description="Reading evaluation cases"):
@@ -143,20 +150,15 @@ def _count(job: tuple[str, Any, Path, int | None]) -> tuple[str, int]:
     return case, int(((values > 0) & (values != (-1 if ignore is None else ignore))).sum())
 
 
-def _check_evaluation_case(job: tuple[RawCase, Any, int | None]) -> None:
+def _check_evaluation_case(job: tuple[RawCase, Any, int | None, int]) -> None:
     """Refuse what the evaluation would stumble over, or take for `ignore`, once all is trained."""
-    case, reader_writer, ignore = job
-    labels, _ = raw_dataset.read_label(reader_writer, case.label)
+    case, reader_writer, ignore, channels = job
+    labels = read_evaluation_case(case, reader_writer, channels)
     low, high = int(labels.min(initial=0)), int(labels.max(initial=0))
     if low < 0 or (ignore is not None and high > ignore):
         raise ValueError(
             f"{case.label}: expected ids from 0 {'on' if ignore is None else f'to {ignore}'}, as dataset.json declares "
             f"them, but got {low} to {high}."
-        )
-    image, _ = reader_writer().read_images([str(case.images[0])])
-    if image.shape[1:] != labels.shape:
-        raise ValueError(
-            f"{case.label}: expected labels of the shape of their image, {image.shape[1:]}, but got {labels.shape}."
         )
 
 
