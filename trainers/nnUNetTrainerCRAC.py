@@ -245,7 +245,8 @@ class nnUNetTrainerCRAC(LossTerms, nnUNetTrainer):
         if not learnt:
             self.print_to_log_file(
                 "The training cases label no background, or next to none. The foreground cannot be learnt from them: "
-                "nnUNetv2_predict will show the voxels that belong to one of their neighbours."
+                "nnUNetv2_predict will show the voxels that belong to one of their neighbours. If the images have any "
+                "background, label some of it: without, it is decoded into objects, and pseudo-labels may do harm."
             )
         why = "" if self.settings.min_size is not None else (
             " All but 5 % of the labelled instances are that large, and it is at most a quarter of their median size; "
